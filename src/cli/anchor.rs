@@ -1,0 +1,158 @@
+//! `radapt anchor extract | show | check`
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand};
+use radapt::defense::acquire::training_free;
+use radapt::defense::{self, AnchorMeta, Method, TRAINING_FREE_MIX, default_cutoff};
+use radapt::tower::VisionTower;
+use serde_json::{Map, Value, json};
+
+use super::options::ModelOptions;
+use super::{Global, print};
+
+#[derive(Args)]
+pub struct Anchor {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Take a training-free anchor from a model: its own first attention output on a white picture
+    Extract(Extract),
+    /// Print what an anchor file says of itself
+    Show {
+        /// The anchor file
+        file: PathBuf,
+    },
+    /// Say whether an anchor fits a model
+    Check(Check),
+}
+
+#[derive(Args)]
+struct Extract {
+    #[command(flatten)]
+    model: ModelOptions,
+    /// Where to write the anchor
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+    /// The anchor's factor to recommend in the file
+    #[arg(long, value_name = "NUMBER", default_value_t = TRAINING_FREE_MIX.0, allow_negative_numbers = true)]
+    alpha: f64,
+    /// The attention output's factor to recommend in the file
+    #[arg(long, value_name = "NUMBER", default_value_t = TRAINING_FREE_MIX.1, allow_negative_numbers = true)]
+    beta: f64,
+    /// Cutoff D0 to recommend in the file; 40 bins, fewer for pictures under 224 pixels, where not given
+    #[arg(long, value_name = "BINS")]
+    cutoff: Option<f64>,
+}
+
+#[derive(Args)]
+struct Check {
+    /// The anchor file
+    file: PathBuf,
+    #[command(flatten)]
+    model: ModelOptions,
+    /// Accept an anchor made on another tower of the same shape
+    #[arg(long)]
+    allow_mismatch: bool,
+}
+
+impl Anchor {
+    pub fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
+        match self.command {
+            Command::Extract(extract) => extract.run(global),
+            Command::Show { file } => {
+                let anchor = defense::Anchor::load(&file)?;
+                print(global, Value::Object(fields(&anchor)?), &table(&anchor)?)?;
+                Ok(ExitCode::SUCCESS)
+            }
+            Command::Check(check) => check.run(global),
+        }
+    }
+}
+
+impl Extract {
+    fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
+        let model = self.model.find()?;
+        let preprocess = model.preprocess(self.model.contract)?;
+        let spinner = global.spinner("reading the tower");
+        let tower = model.tower(&preprocess, self.model.dtype(), &self.model.device()?)?;
+        let spec = tower.spec().clone();
+        let cutoff = self.cutoff.unwrap_or(default_cutoff(spec.image_size));
+        // What the file recommends must be usable.
+        defense::Gif::new(1, 1, cutoff, &candle_core::Device::Cpu)?;
+        let values = training_free(&tower)?;
+        defense::Fra::new(&values, self.alpha, self.beta, &candle_core::Device::Cpu)?;
+        spinner.finish_and_clear();
+        let anchor = defense::Anchor {
+            values,
+            meta: AnchorMeta {
+                method: Method::TrainingFree,
+                base_model: model.name.clone(),
+                base_revision: model.revision.clone(),
+                fingerprint: model.fingerprint()?,
+                guide_model: String::new(),
+                grid: spec.grid,
+                class_token: spec.class_token,
+                image_size: spec.image_size,
+                contract: preprocess.contract,
+                alpha: self.alpha,
+                beta: self.beta,
+                cutoff,
+                training: Default::default(),
+            },
+        };
+        anchor.save(&self.out)?;
+        let mut json = fields(&anchor)?;
+        json.insert("file".into(), self.out.display().to_string().into());
+        json.insert("sha256".into(), anchor.sha256()?.into());
+        print(global, Value::Object(json), &self.out.display().to_string())?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl Check {
+    fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
+        let anchor = defense::Anchor::load(&self.file)?;
+        let model = self.model.find()?;
+        let preprocess = model.preprocess(self.model.contract)?;
+        let tower = model.tower(&preprocess, self.model.dtype(), &self.model.device()?)?;
+        let checked = anchor.check(tower.spec(), &model.fingerprint()?, self.allow_mismatch);
+        let mut json = fields(&anchor)?;
+        let reason = match &checked {
+            Ok(()) => None,
+            Err(error @ radapt::Error::AnchorMismatch { .. }) => Some(error.to_string()),
+            Err(_) => return Err(checked.err().map_or_else(|| anyhow::anyhow!("check failed"), Into::into)),
+        };
+        json.insert("fits".into(), reason.is_none().into());
+        json.insert("reason".into(), json!(reason));
+        match checked {
+            Ok(()) => {
+                print(global, Value::Object(json), &format!("{} fits {}", self.file.display(), model.name))?;
+                Ok(ExitCode::SUCCESS)
+            }
+            Err(error) if global.json => {
+                print(global, Value::Object(json), "")?;
+                Err(error.into())
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// Every metadata key as it stands in the file, and the tensor's shape.
+fn fields(anchor: &defense::Anchor) -> radapt::Result<Map<String, Value>> {
+    let mut fields: Map<String, Value> =
+        anchor.meta.entries().into_iter().map(|(key, value)| (key, value.into())).collect();
+    fields.insert("shape".into(), json!(anchor.values.dims()));
+    Ok(fields)
+}
+
+fn table(anchor: &defense::Anchor) -> radapt::Result<String> {
+    let mut lines = vec![format!("{:22} {:?}", "shape", anchor.values.dims())];
+    lines.extend(anchor.meta.entries().into_iter().map(|(key, value)| format!("{key:22} {value}")));
+    Ok(lines.join("\n"))
+}

@@ -1,0 +1,150 @@
+//! The command line: one file per command.
+//!
+//! Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 something failed, 2 the
+//! command was used wrongly.
+
+mod anchor;
+#[cfg(feature = "engine")]
+mod chat;
+mod options;
+#[cfg(feature = "engine")]
+mod serve;
+
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{ArgAction, Parser, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::Value;
+
+/// Version of every JSON document printed by this program.
+const SCHEMA_VERSION: u64 = 1;
+
+/// Adversarially robust vision for large vision-language models.
+#[derive(Parser)]
+#[command(name = "radapt", version, about, propagate_version = true)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Flags that every command has.
+#[derive(clap::Args, Clone)]
+struct Global {
+    /// Print one JSON document on stdout
+    #[arg(long, global = true)]
+    json: bool,
+    /// Print errors alone
+    #[arg(short, long, global = true)]
+    quiet: bool,
+    /// Print more of what happens; twice for everything
+    #[arg(short, long, global = true, action = ArgAction::Count, conflicts_with = "quiet")]
+    verbose: u8,
+    /// Seed of everything that is drawn at random (the commands so far draw nothing)
+    #[arg(long, global = true, default_value_t = 0, value_name = "N")]
+    seed: u64,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Ask a model about pictures
+    #[cfg(feature = "engine")]
+    Chat(chat::Chat),
+    /// Serve a model over OpenAI's API
+    #[cfg(feature = "engine")]
+    Serve(serve::Serve),
+    /// Make, show and check robustness anchors
+    Anchor(anchor::Anchor),
+}
+
+/// Runs the command line.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // --help and --version come this way too, with exit code 0.
+            let code = if error.use_stderr() { 2 } else { 0 };
+            let _ = error.print();
+            return ExitCode::from(code);
+        }
+    };
+    logging(&cli.global);
+    let result = match cli.command {
+        #[cfg(feature = "engine")]
+        Command::Chat(chat) => chat.run(&cli.global),
+        #[cfg(feature = "engine")]
+        Command::Serve(serve) => serve.run(&cli.global),
+        Command::Anchor(anchor) => anchor.run(&cli.global),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => report(&error),
+    }
+}
+
+fn logging(global: &Global) {
+    let level = match (global.quiet, global.verbose) {
+        (true, _) => "error",
+        (false, 0) => "warn",
+        (false, 1) => "info",
+        (false, _) => "debug",
+    };
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| level.into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+}
+
+/// One line, and a hint where there is one.
+fn report(error: &anyhow::Error) -> ExitCode {
+    if let Some(io) = error.downcast_ref::<std::io::Error>()
+        && io.kind() == std::io::ErrorKind::BrokenPipe
+    {
+        // Whoever read our output has enough.
+        return ExitCode::SUCCESS;
+    }
+    eprintln!("error: {}", format!("{error:#}").replace('\n', " "));
+    let cause = error.downcast_ref::<radapt::Error>();
+    if let Some(hint) = cause.and_then(radapt::Error::hint) {
+        eprintln!("hint: {hint}");
+    }
+    ExitCode::from(if matches!(cause, Some(radapt::Error::Argument { .. })) { 2 } else { 1 })
+}
+
+impl Global {
+    /// A line about what happens, unless quiet.
+    fn say(&self, line: impl std::fmt::Display) {
+        if !self.quiet {
+            eprintln!("{line}");
+        }
+    }
+
+    /// A spinner on a terminal, nothing elsewhere.
+    fn spinner(&self, message: &str) -> ProgressBar {
+        if self.quiet || self.verbose > 0 || !std::io::stderr().is_terminal() {
+            return ProgressBar::hidden();
+        }
+        let spinner = ProgressBar::new_spinner().with_message(message.to_string());
+        spinner.set_style(
+            ProgressStyle::with_template("{spinner} {msg} {elapsed}")
+                .unwrap_or_else(|_| ProgressStyle::default_spinner()),
+        );
+        spinner.enable_steady_tick(Duration::from_millis(100));
+        spinner
+    }
+}
+
+/// Prints data: `json` with its schema version, or `text`.
+fn print(global: &Global, mut json: Value, text: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    if global.json {
+        if let Some(fields) = json.as_object_mut() {
+            fields.insert("schema_version".into(), SCHEMA_VERSION.into());
+        }
+        writeln!(out, "{json}")?;
+    } else {
+        writeln!(out, "{text}")?;
+    }
+    Ok(out.flush()?)
+}

@@ -1,0 +1,148 @@
+//! Flags that several commands share. They mean the same everywhere.
+
+use candle_core::{DType, Device};
+use clap::{Args, ValueEnum};
+use radapt::defense::{AnchorChoice, DefenseOptions};
+use radapt::image::{Contract, DecodeLimits};
+use radapt::model::{Lookup, Model};
+use radapt::{Error, Result};
+
+/// Which model, and how it is held.
+#[derive(Args, Clone)]
+pub struct ModelOptions {
+    /// A folder or a Hub id such as llava-hf/llava-1.5-7b-hf
+    #[arg(long, value_name = "MODEL", env = "RADAPT_MODEL")]
+    pub model: String,
+    /// A branch, tag or commit on the Hub
+    #[arg(long, value_name = "REVISION")]
+    pub revision: Option<String>,
+    /// Never touch the network (HF_HUB_OFFLINE=1 says the same)
+    #[arg(long)]
+    pub offline: bool,
+    /// How pictures are prepared: clip, llava-pad, llava-crop or squash; the model's own where not given
+    #[arg(long, value_name = "CONTRACT", value_parser = parse_contract)]
+    pub contract: Option<Contract>,
+    /// cpu, cuda, cuda:N or metal
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub device: String,
+    /// The dtype weights are held in; f32 on a CPU and bf16 elsewhere where not given
+    #[arg(long, value_name = "DTYPE")]
+    pub dtype: Option<Dtype>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum Dtype {
+    F32,
+    F16,
+    Bf16,
+}
+
+fn parse_contract(text: &str) -> std::result::Result<Contract, String> {
+    text.parse::<Contract>().map_err(|e| e.to_string())
+}
+
+impl ModelOptions {
+    pub fn find(&self) -> Result<Model> {
+        Model::find(&self.model, &Lookup { revision: self.revision.clone(), offline: self.offline })
+    }
+
+    pub fn device(&self) -> Result<Device> {
+        let number = |text: &str| text.parse::<usize>().ok();
+        let device = match self.device.split_once(':') {
+            None if self.device == "cpu" => Ok(Device::Cpu),
+            None if self.device == "cuda" => Device::new_cuda(0),
+            None if self.device == "metal" => Device::new_metal(0),
+            Some(("cuda", n)) if number(n).is_some() => Device::new_cuda(number(n).unwrap_or(0)),
+            _ => return Err(argument("--device", "cpu, cuda, cuda:N or metal", &self.device)),
+        };
+        device.map_err(|e| {
+            argument("--device", "a device this build can use", &format!("{}: {e}", self.device))
+        })
+    }
+
+    pub fn dtype(&self) -> Option<DType> {
+        self.dtype.map(|dtype| match dtype {
+            Dtype::F32 => DType::F32,
+            Dtype::F16 => DType::F16,
+            Dtype::Bf16 => DType::BF16,
+        })
+    }
+}
+
+pub fn argument(what: &str, expected: &str, found: &str) -> Error {
+    Error::Argument {
+        what: what.into(),
+        expected: expected.into(),
+        found: found.lines().next().unwrap_or_default().into(),
+    }
+}
+
+/// What is put into the tower.
+#[derive(Args, Clone)]
+#[command(next_help_heading = "Defence")]
+pub struct DefenseFlags {
+    /// An anchor file, training-free, or none for the undefended model
+    #[arg(long, value_name = "ANCHOR", default_value = "training-free")]
+    anchor: String,
+    /// The anchor's factor, instead of the anchor's own
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true)]
+    alpha: Option<f64>,
+    /// The attention output's factor, instead of the anchor's own
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true)]
+    beta: Option<f64>,
+    /// Cutoff D0 of the Gaussian input filter in frequency bins of the tower's picture; with
+    /// --anchor none it switches the filter on alone
+    #[arg(long, value_name = "BINS")]
+    cutoff: Option<f64>,
+    /// Leave the Gaussian input filter out
+    #[arg(long)]
+    no_gif: bool,
+    /// Leave the anchor out
+    #[arg(long)]
+    no_fra: bool,
+    /// Accept an anchor made on another tower of the same shape
+    #[arg(long)]
+    allow_mismatch: bool,
+}
+
+impl DefenseFlags {
+    pub fn options(&self) -> DefenseOptions {
+        DefenseOptions {
+            anchor: match self.anchor.parse::<AnchorChoice>() {
+                Ok(choice) => choice,
+                Err(never) => match never {},
+            },
+            alpha: self.alpha,
+            beta: self.beta,
+            cutoff: self.cutoff,
+            no_gif: self.no_gif,
+            no_fra: self.no_fra,
+            allow_mismatch: self.allow_mismatch,
+        }
+    }
+}
+
+/// Limits on every picture that comes in.
+#[derive(Args, Clone)]
+#[command(next_help_heading = "Picture limits")]
+pub struct PictureLimits {
+    /// The most bytes a picture file may have
+    #[arg(long, value_name = "BYTES", default_value_t = DecodeLimits::default().max_bytes)]
+    max_image_bytes: u64,
+    /// The most pixels a picture may have
+    #[arg(long, value_name = "PIXELS", default_value_t = DecodeLimits::default().max_pixels)]
+    max_pixels: u64,
+    /// The most memory decoding one picture may take, in bytes
+    #[arg(long, value_name = "BYTES", default_value_t = DecodeLimits::default().max_memory)]
+    max_image_memory: u64,
+}
+
+impl PictureLimits {
+    pub fn limits(&self) -> DecodeLimits {
+        DecodeLimits {
+            max_bytes: self.max_image_bytes,
+            max_pixels: self.max_pixels,
+            max_memory: self.max_image_memory,
+        }
+    }
+}

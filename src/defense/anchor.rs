@@ -1,0 +1,367 @@
+//! The anchor file: one safetensors file with the tensor `anchor`, f32 `(N, D)` in tower order,
+//! and everything about it in its metadata.
+//!
+//! All of it is checked on load. Files are written atomically, and the same anchor always gives
+//! the same bytes.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io::Write;
+use std::path::Path;
+use std::str::FromStr;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use candle_core::{Device, Tensor};
+use safetensors::{Dtype, SafeTensors};
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+
+use crate::image::Contract;
+use crate::tower::TowerSpec;
+use crate::{Error, Result};
+
+/// The only version of the format there is.
+const VERSION: &str = "1";
+const TENSOR: &str = "anchor";
+/// Of an anchor for the largest tower in use, times ten: what is larger is no anchor.
+const MAX_BYTES: u64 = 1 << 28;
+/// Files begun by this process, so that two threads never write into one.
+static SAVES: AtomicU64 = AtomicU64::new(0);
+
+/// How an anchor was acquired (the paper's Section 4.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Method {
+    /// The model itself, fed a white picture.
+    TrainingFree,
+    /// An adversarially fine-tuned model, fed a white picture.
+    ModelGuided,
+    /// Optimised on adversarial pictures (R-Adapt+).
+    DataDriven,
+}
+
+impl fmt::Display for Method {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::TrainingFree => "training-free",
+            Self::ModelGuided => "model-guided",
+            Self::DataDriven => "data-driven",
+        })
+    }
+}
+
+impl FromStr for Method {
+    type Err = String;
+    fn from_str(s: &str) -> std::result::Result<Self, String> {
+        match s {
+            "training-free" => Ok(Self::TrainingFree),
+            "model-guided" => Ok(Self::ModelGuided),
+            "data-driven" => Ok(Self::DataDriven),
+            other => Err(format!("expected training-free, model-guided or data-driven, found `{other}`")),
+        }
+    }
+}
+
+/// What an anchor's metadata says. Keys in the file carry the prefix `radapt.`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AnchorMeta {
+    /// How it was acquired.
+    pub method: Method,
+    /// The model it was made on, as it was named then.
+    pub base_model: String,
+    /// That model's revision, or empty.
+    pub base_revision: String,
+    /// [`crate::tower::clip::Clip::fingerprint`] of the tower it was made on.
+    pub fingerprint: String,
+    /// The model that guided it, or empty.
+    pub guide_model: String,
+    /// Patches down and across.
+    pub grid: (usize, usize),
+    /// Whether row 0 belongs to a class token.
+    pub class_token: bool,
+    /// Side of the tower's picture, in pixels.
+    pub image_size: usize,
+    /// How pictures were prepared.
+    pub contract: Contract,
+    /// The anchor's factor it is meant to be used with.
+    pub alpha: f64,
+    /// The attention output's factor it is meant to be used with.
+    pub beta: f64,
+    /// GIF's cutoff it is meant to be used with, in frequency bins.
+    pub cutoff: f64,
+    /// For data-driven anchors how it was trained; empty for the others. Keys without prefix:
+    /// `eps`, `epochs`, `images`, `attack`, `examples`, `objective`, `seed`, `losses`.
+    pub training: BTreeMap<String, String>,
+}
+
+/// The keys of [`AnchorMeta::training`].
+const TRAINING: [&str; 8] = ["eps", "epochs", "images", "attack", "examples", "objective", "seed", "losses"];
+
+/// An anchor with its metadata.
+#[derive(Debug, Clone)]
+pub struct Anchor {
+    /// `(N, D)` f32 on the CPU.
+    pub values: Tensor,
+    /// What is known about it.
+    pub meta: AnchorMeta,
+}
+
+impl Anchor {
+    /// Reads and checks an anchor file.
+    ///
+    /// # Errors
+    /// [`Error::Anchor`] naming what is wrong: not safetensors, truncated, a missing or impossible
+    /// metadata value, an unknown version, another shape than the metadata says, a value that is
+    /// not finite.
+    pub fn load(path: &Path) -> Result<Self> {
+        let fail = |reason: String| Error::Anchor { path: path.to_path_buf(), reason };
+        let size = std::fs::metadata(path).map_err(|e| Error::read(path, e))?;
+        if !size.is_file() {
+            return Err(fail("is not a file".into()));
+        }
+        if size.len() > MAX_BYTES {
+            return Err(fail(format!("has {} bytes, more than any anchor ({MAX_BYTES})", size.len())));
+        }
+        let bytes = std::fs::read(path).map_err(|e| Error::read(path, e))?;
+        Self::parse(&bytes).map_err(|reason| fail(shown(&reason)))
+    }
+
+    fn parse(bytes: &[u8]) -> std::result::Result<Self, String> {
+        let damaged = |e: safetensors::SafeTensorError| format!("is not a complete safetensors file: {e}");
+        let (_, header) = SafeTensors::read_metadata(bytes).map_err(damaged)?;
+        let file = SafeTensors::deserialize(bytes).map_err(damaged)?;
+        let empty = Default::default();
+        let meta = AnchorMeta::parse(header.metadata().as_ref().unwrap_or(&empty))?;
+        let tensor = file.tensor(TENSOR).map_err(|_| {
+            format!(
+                "has no tensor `{TENSOR}`; it has: {}",
+                file.names().into_iter().collect::<Vec<_>>().join(", ")
+            )
+        })?;
+        if tensor.dtype() != Dtype::F32 {
+            return Err(format!("tensor `{TENSOR}` is {:?}, expected F32", tensor.dtype()));
+        }
+        let [tokens, width] = tensor.shape() else {
+            return Err(format!("tensor `{TENSOR}` has shape {:?}, expected [N, D]", tensor.shape()));
+        };
+        let rows = meta.tokens();
+        if *tokens != rows || *width == 0 {
+            let (h, w) = meta.grid;
+            return Err(format!(
+                "tensor `{TENSOR}` has shape {:?}, but grid {h}x{w} {} class token makes {rows} rows",
+                tensor.shape(),
+                if meta.class_token { "with a" } else { "without" }
+            ));
+        }
+        let values: Vec<f32> =
+            tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+        if let Some(at) = values.iter().position(|v| !v.is_finite()) {
+            return Err(format!(
+                "row {} of tensor `{TENSOR}` holds {}, expected finite numbers",
+                at / width,
+                values[at]
+            ));
+        }
+        let values = Tensor::from_vec(values, (*tokens, *width), &Device::Cpu).map_err(|e| e.to_string())?;
+        Ok(Self { values, meta })
+    }
+
+    /// Writes the file, replacing it in one step.
+    ///
+    /// # Errors
+    /// If the folder cannot be written to, or the file would be refused by [`Anchor::load`].
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let bytes = self.to_bytes()?;
+        let folder = match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        let count = SAVES.fetch_add(1, Ordering::Relaxed);
+        let partial = folder.join(format!(".{name}.{}-{count}.partial", std::process::id()));
+        let written = std::fs::File::create(&partial)
+            .and_then(|mut file| file.write_all(&bytes).and_then(|()| file.sync_all()))
+            .and_then(|()| std::fs::rename(&partial, path));
+        written.map_err(|e| {
+            // The partial file may not exist; what matters is the first error.
+            let _ = std::fs::remove_file(&partial);
+            Error::write(path, e)
+        })
+    }
+
+    /// The file's bytes. The library that reads it keeps metadata in a hash map and so writes it
+    /// in a random order; here it is sorted, so that one anchor has one file.
+    fn to_bytes(&self) -> Result<Vec<u8>> {
+        let (tokens, width) = self.values.dims2()?;
+        if tokens != self.meta.tokens() {
+            return Err(Error::argument("anchor", format!("{} rows", self.meta.tokens()), tokens));
+        }
+        let values = self.values.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
+        let header = serde_json::json!({
+            "__metadata__": self.meta.entries(),
+            TENSOR: { "dtype": "F32", "shape": [tokens, width], "data_offsets": [0, 4 * values.len()] },
+        });
+        let mut header = header.to_string().into_bytes();
+        // Readers want the data aligned.
+        header.resize(header.len().next_multiple_of(8), b' ');
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header);
+        for value in values {
+            bytes.extend(value.to_le_bytes());
+        }
+        let unreadable = |reason: String| Error::argument("anchor", "one that can be read back", reason);
+        if Self::parse(&bytes).map_err(unreadable)?.meta != self.meta {
+            return Err(unreadable("metadata that its file cannot hold".into()));
+        }
+        Ok(bytes)
+    }
+
+    /// SHA-256 of the file this anchor makes, which names it in results.
+    pub fn sha256(&self) -> Result<String> {
+        Ok(Sha256::digest(self.to_bytes()?).iter().map(|b| format!("{b:02x}")).collect())
+    }
+
+    /// Whether this anchor belongs into a tower of this shape and fingerprint.
+    ///
+    /// # Errors
+    /// [`Error::AnchorMismatch`] on another shape, and on another fingerprint unless
+    /// `allow_mismatch`.
+    pub fn check(&self, spec: &TowerSpec, fingerprint: &str, allow_mismatch: bool) -> Result<()> {
+        let (rows, width) = self.values.dims2()?;
+        let (tokens, hidden) = (spec.tokens(), spec.hidden);
+        let (h, w) = self.meta.grid;
+        let (base, size) = (shown(&self.meta.base_model), self.meta.image_size);
+        let same_grid = self.meta.grid == spec.grid && self.meta.class_token == spec.class_token;
+        if (rows, width) != (tokens, hidden) || !same_grid {
+            let (gh, gw) = spec.grid;
+            return Err(Error::AnchorMismatch {
+                reason: format!("it has shape [{rows}, {width}], the tower needs [{tokens}, {hidden}]"),
+                hint: format!(
+                    "this anchor is for {h}x{w} patches of `{base}` at {size} pixels; the model has {gh}x{gw} at {}",
+                    spec.image_size
+                ),
+            });
+        }
+        if self.meta.fingerprint != fingerprint && !allow_mismatch {
+            let short = |s: &str| s.chars().take(12).collect::<String>();
+            return Err(Error::AnchorMismatch {
+                reason: format!(
+                    "it was made on a tower with fingerprint {}..., this one has {}...",
+                    short(&self.meta.fingerprint),
+                    short(fingerprint)
+                ),
+                hint: format!("it was made on `{base}`; `--allow-mismatch` uses it all the same"),
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Text out of a file as messages show it: on one line and not endless.
+fn shown(text: &str) -> String {
+    const MOST: usize = 400;
+    let mut line = String::new();
+    for c in text.chars().take(MOST) {
+        if c.is_control() { line.extend(c.escape_default()) } else { line.push(c) }
+    }
+    if text.chars().nth(MOST).is_some() {
+        line.push_str("...");
+    }
+    line
+}
+
+impl AnchorMeta {
+    /// Rows the anchor must have.
+    pub fn tokens(&self) -> usize {
+        self.grid.0.saturating_mul(self.grid.1).saturating_add(usize::from(self.class_token))
+    }
+
+    /// The metadata as it stands in the file, sorted by key.
+    pub fn entries(&self) -> BTreeMap<String, String> {
+        let mut entries: BTreeMap<String, String> = [
+            ("version", VERSION.to_string()),
+            ("method", self.method.to_string()),
+            ("base_model", self.base_model.clone()),
+            ("base_revision", self.base_revision.clone()),
+            ("fingerprint", self.fingerprint.clone()),
+            ("guide_model", self.guide_model.clone()),
+            ("grid", format!("{}x{}", self.grid.0, self.grid.1)),
+            ("class_token", self.class_token.to_string()),
+            ("image_size", self.image_size.to_string()),
+            ("contract", self.contract.to_string()),
+            ("alpha", self.alpha.to_string()),
+            ("beta", self.beta.to_string()),
+            ("cutoff", self.cutoff.to_string()),
+        ]
+        .into_iter()
+        .map(|(key, value)| (format!("radapt.{key}"), value))
+        .collect();
+        entries.extend(self.training.iter().map(|(key, value)| (format!("radapt.{key}"), value.clone())));
+        entries
+    }
+
+    fn parse(metadata: &std::collections::HashMap<String, String>) -> std::result::Result<Self, String> {
+        let get = |key: &str| metadata.get(&format!("radapt.{key}")).map(String::as_str);
+        let need = |key: &str| get(key).ok_or_else(|| format!("its metadata has no `radapt.{key}`"));
+        match get("version") {
+            None => return Err("its metadata has no `radapt.version`: it is not an anchor".into()),
+            Some(VERSION) => {}
+            Some(other) => {
+                return Err(format!("is of version `{other}`, this radapt reads version {VERSION}"));
+            }
+        }
+        let wrong = |key: &str, expected: &str, found: &str| {
+            format!("radapt.{key}: expected {expected}, found `{found}`")
+        };
+        let number = |key: &str, expected: &str, allowed: fn(f64) -> bool| {
+            let text = need(key)?;
+            let value = text.parse::<f64>().ok().filter(|v| v.is_finite() && allowed(*v));
+            value.ok_or_else(|| wrong(key, expected, text))
+        };
+        let method = Method::from_str(need("method")?).map_err(|e| format!("radapt.method: {e}"))?;
+        let grid = need("grid")?;
+        let sides = grid.split_once('x').and_then(|(h, w)| Some((h.parse().ok()?, w.parse().ok()?)));
+        let grid =
+            sides.filter(|&(h, w)| h > 0 && w > 0).ok_or_else(|| wrong("grid", "ROWSxCOLUMNS", grid))?;
+        let class_token = need("class_token")?;
+        let fingerprint = need("fingerprint")?;
+        if fingerprint.len() != 64 || !fingerprint.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Err(wrong("fingerprint", "64 hexadecimal digits", fingerprint));
+        }
+        let image_size = need("image_size")?;
+        let contract = need("contract")?;
+        let mut training = BTreeMap::new();
+        for key in TRAINING {
+            match get(key) {
+                Some(value) => {
+                    training.insert(key.to_string(), value.to_string());
+                }
+                None if method == Method::DataDriven => {
+                    need(key)?;
+                }
+                None => {}
+            }
+        }
+        Ok(Self {
+            method,
+            base_model: need("base_model")?.to_string(),
+            base_revision: need("base_revision")?.to_string(),
+            fingerprint: fingerprint.to_ascii_lowercase(),
+            guide_model: need("guide_model")?.to_string(),
+            grid,
+            class_token: class_token
+                .parse()
+                .map_err(|_| wrong("class_token", "true or false", class_token))?,
+            image_size: image_size
+                .parse()
+                .ok()
+                .filter(|&n: &usize| n > 0)
+                .ok_or_else(|| wrong("image_size", "a number of pixels", image_size))?,
+            contract: contract.parse().map_err(|_| wrong("contract", "a picture contract", contract))?,
+            alpha: number("alpha", "a finite number", |_| true)?,
+            beta: number("beta", "a finite number", |_| true)?,
+            cutoff: number("cutoff", "a positive number", |v| v > 0.0)?,
+            training,
+        })
+    }
+}

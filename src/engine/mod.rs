@@ -1,0 +1,229 @@
+//! The language model: mistral.rs with our vision tower.
+//!
+//! This is the only room that names mistral.rs. A picture is prepared by [`crate::image`], so the
+//! engine's own resizing is the identity; the tower is [`crate::tower`]'s, defended or not, and
+//! holds its weights once.
+
+mod config;
+mod generate;
+mod tower;
+
+pub use generate::{Answer, Piece, Role, Sampling, Turn};
+
+use std::num::NonZeroUsize;
+use std::panic::AssertUnwindSafe;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use candle_core::{DType, Device};
+use mistralrs_core::{
+    AdapterPaths, AutoDeviceMapParams, DefaultSchedulerMethod, DeviceMapSetting, IsqType, LocalModelPaths,
+    MistralRs, MistralRsBuilder, ModelDType, ModelPaths, MultimodalLoaderBuilder, MultimodalLoaderType,
+    MultimodalSpecificConfig, Pipeline, SchedulerConfig,
+};
+
+use crate::defense::{DefenseOptions, DefenseSummary};
+use crate::image::{Contract, Preprocess};
+use crate::model::{Model, ModelKind};
+use crate::{Error, Result};
+use tower::Supplier;
+
+/// How a model is loaded.
+#[derive(Debug, Clone)]
+pub struct EngineOptions {
+    /// The defence.
+    pub defense: DefenseOptions,
+    /// Another picture contract than the model's own.
+    pub contract: Option<Contract>,
+    /// The dtype weights are held in; f32 on a CPU and bf16 elsewhere where not given.
+    pub dtype: Option<DType>,
+    /// In-situ quantisation of the language model, as mistral.rs names it (`q4k`, `8`, ...).
+    pub isq: Option<String>,
+    /// Where it runs.
+    pub device: Device,
+    /// How many sequences are generated at once.
+    pub max_sequences: NonZeroUsize,
+}
+
+impl EngineOptions {
+    /// The defaults on `device`.
+    pub fn new(device: Device) -> Self {
+        let max_sequences = NonZeroUsize::new(16).unwrap_or(NonZeroUsize::MIN);
+        Self {
+            defense: DefenseOptions::default(),
+            contract: None,
+            dtype: None,
+            isq: None,
+            device,
+            max_sequences,
+        }
+    }
+}
+
+/// A loaded model that answers about pictures.
+pub struct Engine {
+    runner: Arc<MistralRs>,
+    model: Model,
+    preprocess: Preprocess,
+    defense: Option<DefenseSummary>,
+}
+
+impl Engine {
+    /// Loads a LLaVA with its defence.
+    ///
+    /// # Errors
+    /// If a file is missing or wrong, the model is of another kind, or the anchor does not fit.
+    pub async fn load(model: Model, options: EngineOptions) -> Result<Self> {
+        let loading = tokio::task::spawn_blocking(move || load(model, options));
+        let loaded = loading.await.map_err(|e| Error::Engine(e.to_string()))??;
+        let scheduler =
+            SchedulerConfig::DefaultScheduler { method: DefaultSchedulerMethod::Fixed(loaded.max_sequences) };
+        // The prefix cache matches prompts before their pictures are put in place.
+        let runner = MistralRsBuilder::new(loaded.pipeline, scheduler, false, None)
+            .with_no_prefix_cache(true)
+            .build()
+            .await;
+        Ok(Self { runner, model: loaded.model, preprocess: loaded.preprocess, defense: loaded.defense })
+    }
+
+    /// The model's files.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// How pictures are prepared.
+    pub fn preprocess(&self) -> &Preprocess {
+        &self.preprocess
+    }
+
+    /// The defence in the tower, `None` for the undefended model.
+    pub fn defense(&self) -> Option<&DefenseSummary> {
+        self.defense.as_ref()
+    }
+
+    /// How many pictures one conversation may have, `None` for any number.
+    pub fn max_pictures(&self) -> Option<usize> {
+        match self.model.kind {
+            ModelKind::LlavaNext => Some(1),
+            ModelKind::Llava | ModelKind::Clip => None,
+        }
+    }
+}
+
+struct Loaded {
+    pipeline: Arc<tokio::sync::Mutex<dyn Pipeline + Send + Sync>>,
+    model: Model,
+    preprocess: Preprocess,
+    defense: Option<DefenseSummary>,
+    max_sequences: NonZeroUsize,
+}
+
+fn load(model: Model, options: EngineOptions) -> Result<Loaded> {
+    let kind = match model.kind {
+        ModelKind::Llava => MultimodalLoaderType::LLaVA,
+        ModelKind::LlavaNext => MultimodalLoaderType::LLaVANext,
+        ModelKind::Clip => {
+            return Err(Error::Model {
+                model: model.name,
+                reason: "is a CLIP without a language model; chat needs a LLaVA".into(),
+            });
+        }
+    };
+    let preprocess = model.preprocess(options.contract)?;
+    let checkpoint = model.checkpoint()?;
+    let isq = options.isq.as_deref().map(|isq| parse_isq(isq, &options.device)).transpose()?;
+    let staged = config::stage(&model)?;
+    let supplier = Arc::new(Supplier::new(&model, &preprocess, &checkpoint, options.defense)?);
+    let paths: Box<dyn ModelPaths> = Box::new(LocalModelPaths {
+        tokenizer_filename: needed(&model, "tokenizer.json")?,
+        config_filename: staged.path().join("config.json"),
+        template_filename: ["chat_template.jinja", "tokenizer_config.json"]
+            .iter()
+            .map(|name| model.file(name))
+            .find(|path| path.is_file()),
+        filenames: checkpoint.files().to_vec(),
+        adapter_paths: AdapterPaths::None,
+        gen_conf: optional(&model, "generation_config.json")?,
+        preprocessor_config: Some(staged.path().join("preprocessor_config.json")),
+        processor_config: None,
+        chat_template_json_filename: optional(&model, "chat_template.json")?,
+    });
+    optional(&model, "tokenizer_config.json")?;
+    let dtype = match options.dtype {
+        Some(DType::F32) => ModelDType::F32,
+        Some(DType::F16) => ModelDType::F16,
+        Some(DType::BF16) => ModelDType::BF16,
+        Some(other) => return Err(Error::argument("--dtype", "f32, f16 or bf16", format!("{other:?}"))),
+        None if options.device.is_cpu() => ModelDType::F32,
+        None => ModelDType::BF16,
+    };
+    let mapping = if options.device.is_cpu() {
+        DeviceMapSetting::dummy()
+    } else {
+        DeviceMapSetting::Auto(AutoDeviceMapParams::default_multimodal())
+    };
+    let loader = MultimodalLoaderBuilder::new(
+        MultimodalSpecificConfig::default(),
+        None,
+        None,
+        Some(model.name.clone()),
+        None,
+    )
+    .with_vision_tower(supplier.clone())
+    .build(Some(kind));
+    let load = || loader.load_model_from_path(&paths, &dtype, &options.device, true, mapping, isq, None);
+    // Upstream unwraps in places where a file is not what it expects.
+    let loaded = std::panic::catch_unwind(AssertUnwindSafe(load));
+    if let Some(error) = supplier.take_error() {
+        // Our own error, which has passed through upstream's as text.
+        return Err(error);
+    }
+    let pipeline = match loaded {
+        Ok(loaded) => loaded.map_err(|e| Error::Engine(first_line(&format!("{e:#}"))))?,
+        Err(panic) => {
+            return Err(Error::Engine(format!(
+                "mistral.rs could not load the model: {}",
+                panic_text(&*panic)
+            )));
+        }
+    };
+    let Some(defense) = supplier.take_defense() else {
+        return Err(Error::Engine("mistral.rs did not ask for the vision tower".into()));
+    };
+    Ok(Loaded {
+        pipeline,
+        model,
+        preprocess,
+        defense: defense.summary(),
+        max_sequences: options.max_sequences,
+    })
+}
+
+fn parse_isq(isq: &str, device: &Device) -> Result<IsqType> {
+    mistralrs_core::parse_isq_value(isq, Some(device))
+        .map_err(|e| Error::argument("--isq", first_line(&e), isq))
+}
+
+fn needed(model: &Model, name: &str) -> Result<PathBuf> {
+    optional(model, name)?.ok_or_else(|| Error::read(model.file(name), std::io::ErrorKind::NotFound.into()))
+}
+
+/// The path of a JSON file where it exists, checked, because upstream unwraps what it parses.
+fn optional(model: &Model, name: &str) -> Result<Option<PathBuf>> {
+    let path = model.file(name);
+    if !path.is_file() {
+        return Ok(None);
+    }
+    let text = std::fs::read_to_string(&path).map_err(|e| Error::read(&path, e))?;
+    serde_json::from_str::<serde::de::IgnoredAny>(&text).map_err(|e| Error::config(&path, e.to_string()))?;
+    Ok(Some(path))
+}
+
+fn first_line(text: &str) -> String {
+    text.lines().next().unwrap_or_default().to_string()
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+    first_line(text.unwrap_or("it panicked"))
+}

@@ -1,0 +1,262 @@
+//! A model by folder or Hub id: its files, its configuration, its vision tower.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device};
+use hf_hub::{Cache, Repo, RepoType};
+use serde_json::Value;
+
+use crate::image::{Contract, Preprocess};
+use crate::tower::clip::{Clip, ClipConfig, checkpoint_fingerprint, feature_block};
+use crate::tower::weights::Checkpoint;
+use crate::{Error, Result};
+
+/// The kinds of model there is a tower for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ModelKind {
+    /// A CLIP, or its vision tower alone.
+    Clip,
+    /// LLaVA-1.5: one square picture, one run of tokens.
+    Llava,
+    /// LLaVA-NeXT: tiles of a picture.
+    LlavaNext,
+}
+
+/// How a model is looked up.
+#[derive(Debug, Clone, Default)]
+pub struct Lookup {
+    /// A branch, tag or commit on the Hub; `main` where not given.
+    pub revision: Option<String>,
+    /// Never touch the network. `HF_HUB_OFFLINE=1` says the same.
+    pub offline: bool,
+}
+
+/// A model's files on disk.
+#[derive(Debug, Clone)]
+pub struct Model {
+    /// The folder or Hub id as it was given.
+    pub name: String,
+    /// The revision asked for on the Hub, or empty.
+    pub revision: String,
+    /// Where the files lie.
+    pub folder: PathBuf,
+    /// Its kind, by `model_type`.
+    pub kind: ModelKind,
+    /// `config.json`, parsed.
+    pub config: Value,
+}
+
+impl Model {
+    /// Finds a model: a folder with a `config.json`, or a Hub id `organisation/name`, from the
+    /// cache or, unless offline, from the Hub.
+    ///
+    /// Honours `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_TOKEN`, `HF_TOKEN_PATH` and
+    /// `HF_HUB_OFFLINE`.
+    ///
+    /// # Errors
+    /// If neither exists, a file is missing, or its `model_type` is none of [`ModelKind`].
+    pub fn find(name: &str, lookup: &Lookup) -> Result<Self> {
+        let local = Path::new(name);
+        let folder = if local.is_dir() {
+            local.to_path_buf()
+        } else if is_hub_id(name) {
+            hub_folder(name, lookup)?
+        } else {
+            return Err(Error::Model {
+                model: name.into(),
+                reason: "no such folder, and not a Hub id `organisation/name`".into(),
+            });
+        };
+        let path = folder.join("config.json");
+        let text = std::fs::read_to_string(&path).map_err(|e| Error::read(&path, e))?;
+        let config: Value = serde_json::from_str(&text).map_err(|e| Error::config(&path, e.to_string()))?;
+        let kind = match config.get("model_type").and_then(Value::as_str) {
+            Some("clip" | "clip_vision_model") => ModelKind::Clip,
+            Some("llava") => ModelKind::Llava,
+            Some("llava_next") => ModelKind::LlavaNext,
+            other => {
+                let found = other.map_or("none".to_string(), |t| format!("`{t}`"));
+                return Err(Error::config(
+                    path,
+                    format!(
+                        "model_type: expected clip, clip_vision_model, llava or llava_next, found {found}"
+                    ),
+                ));
+            }
+        };
+        Ok(Self {
+            name: name.into(),
+            revision: lookup.revision.clone().unwrap_or_default(),
+            folder,
+            kind,
+            config,
+        })
+    }
+
+    /// The path of one of its files.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    /// The configuration of its vision tower.
+    ///
+    /// # Errors
+    /// If it has no CLIP vision tower, or impossible sizes.
+    pub fn tower_config(&self) -> Result<ClipConfig> {
+        ClipConfig::parse(&self.config.to_string(), &self.file("config.json"))
+    }
+
+    /// How it prepares pictures: its files, or `contract` where given. LLaVA pads unless told
+    /// otherwise, as the original does.
+    ///
+    /// # Errors
+    /// If its preprocessor file asks for something unknown, or for another size than the tower's.
+    pub fn preprocess(&self, contract: Option<Contract>) -> Result<Preprocess> {
+        let size = self.tower_config()?.image_size as u32;
+        let default = match self.kind {
+            ModelKind::Clip => Contract::Clip,
+            ModelKind::Llava | ModelKind::LlavaNext => Contract::LlavaPad,
+        };
+        let preprocess = Preprocess::from_folder(&self.folder, size, contract, default)?;
+        if (preprocess.width, preprocess.height) != (size, size) {
+            let (w, h) = (preprocess.width, preprocess.height);
+            return Err(Error::config(
+                &self.folder,
+                format!("the preprocessor makes pictures of {w}x{h}, the tower takes {size}x{size}"),
+            ));
+        }
+        Ok(preprocess)
+    }
+
+    /// Maps its weights.
+    ///
+    /// # Errors
+    /// If there are none, or they are damaged.
+    pub fn checkpoint(&self) -> Result<Checkpoint> {
+        Checkpoint::open(&self.folder)
+    }
+
+    /// Loads its vision tower, undefended. `dtype` is what the weights are held in, as stored
+    /// where not given.
+    ///
+    /// # Errors
+    /// If the configuration or a weight is missing or wrong.
+    pub fn tower(&self, preprocess: &Preprocess, dtype: Option<DType>, device: &Device) -> Result<Clip> {
+        let checkpoint = self.checkpoint()?;
+        let tower = Clip::load(&checkpoint, &self.tower_config()?, preprocess.mean, preprocess.std, device)?;
+        match dtype {
+            Some(dtype) => tower.to_dtype(dtype),
+            None => Ok(tower),
+        }
+    }
+
+    /// The fingerprint of its vision tower's trunk, from the weights as stored.
+    ///
+    /// # Errors
+    /// If a weight is missing or wrong.
+    pub fn fingerprint(&self) -> Result<String> {
+        checkpoint_fingerprint(&self.checkpoint()?, &self.tower_config()?)
+    }
+
+    /// The block whose output the model takes as image features, and whether the class token goes
+    /// with it: `vision_feature_layer` and `vision_feature_select_strategy`.
+    ///
+    /// # Errors
+    /// If the configuration names a block that does not exist, or several.
+    pub fn features(&self) -> Result<(usize, bool)> {
+        let path = self.file("config.json");
+        let layer = match self.config.get("vision_feature_layer") {
+            None => -2,
+            Some(value) => value.as_i64().ok_or_else(|| {
+                Error::config(&path, format!("vision_feature_layer: expected one number, found {value}"))
+            })?,
+        };
+        let block = feature_block(layer, self.tower_config()?.num_hidden_layers)
+            .map_err(|e| Error::config(&path, e.to_string()))?;
+        let class_token = match self.config.get("vision_feature_select_strategy").and_then(Value::as_str) {
+            None | Some("default") => false,
+            Some("full") => true,
+            Some(other) => {
+                return Err(Error::config(
+                    &path,
+                    format!("vision_feature_select_strategy: expected default or full, found `{other}`"),
+                ));
+            }
+        };
+        Ok((block, class_token))
+    }
+}
+
+/// `organisation/name`, each of the letters the Hub allows.
+fn is_hub_id(name: &str) -> bool {
+    let part = |s: &str| {
+        !s.is_empty()
+            && !s.starts_with('.')
+            && s.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+    };
+    name.split_once('/').is_some_and(|(organisation, model)| part(organisation) && part(model))
+}
+
+fn env(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+fn is_offline(lookup: &Lookup) -> bool {
+    lookup.offline
+        || env("HF_HUB_OFFLINE")
+            .is_some_and(|v| matches!(v.to_ascii_lowercase().as_str(), "1" | "on" | "yes" | "true"))
+}
+
+fn hf_home() -> PathBuf {
+    let home = || PathBuf::from(env("HOME").or_else(|| env("USERPROFILE")).unwrap_or_default());
+    let default =
+        || env("XDG_CACHE_HOME").map_or_else(|| home().join(".cache"), PathBuf::from).join("huggingface");
+    env("HF_HOME").map_or_else(default, PathBuf::from)
+}
+
+fn token() -> Option<String> {
+    let path = env("HF_TOKEN_PATH").map_or_else(|| hf_home().join("token"), PathBuf::from);
+    let stored = || {
+        std::fs::read_to_string(path).ok().map(|text| text.trim().to_string()).filter(|text| !text.is_empty())
+    };
+    env("HF_TOKEN").or_else(stored)
+}
+
+/// The files of a model that matter here; checkpoints in other formats are not downloaded.
+fn wanted(file: &str) -> bool {
+    !file.contains('/')
+        && (file.ends_with(".safetensors") || file.ends_with(".json") || file.ends_with(".jinja"))
+        && file != "pytorch_model.bin.index.json"
+}
+
+/// The snapshot folder of a Hub model, downloaded first where it is not cached.
+fn hub_folder(name: &str, lookup: &Lookup) -> Result<PathBuf> {
+    let fail = |reason: String| Error::Model { model: name.into(), reason };
+    let revision = lookup.revision.clone().unwrap_or_else(|| "main".into());
+    let repo = Repo::with_revision(name.into(), RepoType::Model, revision.clone());
+    let path = env("HF_HUB_CACHE").map_or_else(|| hf_home().join("hub"), PathBuf::from);
+    let cache = Cache::new(path.clone());
+    let snapshot = |file: PathBuf| {
+        file.parent().map(Path::to_path_buf).ok_or_else(|| fail("has an empty path in the cache".into()))
+    };
+    if is_offline(lookup) {
+        let cached = cache.repo(repo).get("config.json");
+        return snapshot(cached.ok_or_else(|| {
+            fail(format!("`config.json` of revision `{revision}` is not in the cache `{}`, and offline mode forbids downloading it", path.display()))
+        })?);
+    }
+    let mut builder = hf_hub::api::sync::ApiBuilder::from_cache(cache).with_token(token());
+    if let Some(endpoint) = env("HF_ENDPOINT") {
+        builder = builder.with_endpoint(endpoint);
+    }
+    let api = builder.build().map_err(|e| fail(e.to_string()))?.repo(repo);
+    let info = api.info().map_err(|e| fail(format!("cannot be looked up on the Hub: {e}")))?;
+    let mut config = None;
+    for file in info.siblings.iter().map(|sibling| sibling.rfilename.as_str()).filter(|file| wanted(file)) {
+        let path = api.get(file).map_err(|e| fail(format!("cannot download `{file}`: {e}")))?;
+        if file == "config.json" {
+            config = Some(path);
+        }
+    }
+    snapshot(config.ok_or_else(|| fail("has no `config.json`".into()))?)
+}

@@ -1,0 +1,22 @@
+//! The layers of the towers, each with its forward pass and its vector-Jacobian product.
+//!
+//! None forms a gradient of its weights. Weights stay in the dtype they are loaded in; on the CPU,
+//! which has no half-precision products worth using, they are widened to f32 as they are used and
+//! activations are f32.
+
+mod activation;
+mod attention;
+mod linear;
+mod norm;
+
+pub use activation::Activation;
+pub use attention::{Attention, AttentionTape};
+pub use linear::Linear;
+pub use norm::LayerNorm;
+
+use candle_core::{DType, Device};
+
+/// The dtype activations have when the weights are `weights`.
+pub fn compute_dtype(device: &Device, weights: DType) -> DType {
+    if device.is_cpu() { DType::F32 } else { weights }
+}

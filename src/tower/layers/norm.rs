@@ -1,0 +1,58 @@
+use candle_core::{D, DType, Tensor};
+
+use crate::Result;
+
+/// Layer normalisation over the last dimension, with weight and bias.
+#[derive(Debug, Clone)]
+pub struct LayerNorm {
+    weight: Tensor,
+    bias: Tensor,
+    eps: f64,
+}
+
+impl LayerNorm {
+    /// From a weight `(D,)`, a bias `(D,)` and the epsilon added to the variance.
+    pub fn new(weight: Tensor, bias: Tensor, eps: f64) -> Self {
+        Self { weight, bias, eps }
+    }
+
+    /// The weight as stored, `(D,)`.
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
+    /// The bias as stored, `(D,)`.
+    pub fn bias(&self) -> &Tensor {
+        &self.bias
+    }
+
+    /// The same layer with each tensor replaced by what `f` makes of it.
+    pub fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        Ok(Self { weight: f(&self.weight)?, bias: f(&self.bias)?, eps: self.eps })
+    }
+
+    /// `(..., D)` to `(..., D)`.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        // The fused operation has no backward of candle's; ours is `vjp`.
+        let (weight, bias) = (self.weight.to_dtype(x.dtype())?, self.bias.to_dtype(x.dtype())?);
+        Ok(candle_nn::ops::layer_norm(&x.contiguous()?, &weight, &bias, self.eps as f32)?)
+    }
+
+    /// The gradient at the output to that at the input `x`, both `(..., D)`.
+    ///
+    /// With x^ = (x - mean) / s and g' = g w:  (g' - mean(g') - x^ mean(g' x^)) / s.
+    pub fn vjp(&self, x: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+        let dtype = x.dtype();
+        // Half precision has too few bits for the two means.
+        let (x, gradient) = (x.to_dtype(DType::F32)?, gradient.to_dtype(DType::F32)?);
+        let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+        let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
+        let scale = (variance + self.eps)?.sqrt()?.recip()?;
+        let normal = centred.broadcast_mul(&scale)?;
+        let weighted = gradient.broadcast_mul(&self.weight.to_dtype(DType::F32)?)?;
+        let along = (&weighted * &normal)?.mean_keepdim(D::Minus1)?;
+        let flat = weighted.mean_keepdim(D::Minus1)?;
+        let inner = weighted.broadcast_sub(&flat)?.sub(&normal.broadcast_mul(&along)?)?;
+        Ok(inner.broadcast_mul(&scale)?.to_dtype(dtype)?)
+    }
+}

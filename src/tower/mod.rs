@@ -1,0 +1,181 @@
+//! Vision towers with gradients.
+//!
+//! There is one implementation of each tower: mistral.rs serves it, the attacks differentiate it.
+//! `forward` and `vjp` are written by hand, side by side, from plain tensor operations, so that a
+//! gradient reaches the pixels (and the anchor) without forming those of the weights.
+//!
+//! A tower knows nothing of attacks or defences. It offers two places to put something in,
+//! [`Inserts`]: a linear filter on the input picture and a mix on the first block's attention
+//! output. [`crate::defense`] fills them.
+
+pub mod clip;
+pub mod layers;
+pub mod weights;
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::Result;
+
+/// What a tower is: its shapes and where its weights came from.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TowerSpec {
+    /// The kind of tower: `clip`.
+    pub family: &'static str,
+    /// Side of the square picture, in pixels.
+    pub image_size: usize,
+    /// Side of a patch, in pixels.
+    pub patch_size: usize,
+    /// Patches down and across.
+    pub grid: (usize, usize),
+    /// Whether token 0 is a class token.
+    pub class_token: bool,
+    /// Width of the residual stream, D.
+    pub hidden: usize,
+    /// Number of blocks, L.
+    pub blocks: usize,
+    /// Attention heads per block.
+    pub heads: usize,
+    /// Width of the pooled embedding after the projection, where the checkpoint has one.
+    pub projection: Option<usize>,
+}
+
+impl TowerSpec {
+    /// Tokens per picture, N: the patches and the class token.
+    pub fn tokens(&self) -> usize {
+        self.grid.0 * self.grid.1 + usize::from(self.class_token)
+    }
+}
+
+/// A linear filter on pictures, put in front of the tower.
+pub trait InputFilter: Send + Sync {
+    /// Filters pixels `(B, 3, H, W)` f32 in [0, 1].
+    fn apply(&self, pixels: &Tensor) -> Result<Tensor>;
+    /// The transpose of [`InputFilter::apply`]: takes a gradient back through the filter.
+    fn adjoint(&self, gradient: &Tensor) -> Result<Tensor>;
+}
+
+/// A mix on the attention output of the first block, after its output projection and before the
+/// residual addition.
+pub trait AttentionMix: Send + Sync {
+    /// Whether the result depends on the attention output at all. Where it does not, the tower
+    /// skips the first block's attention.
+    fn needs_attention(&self) -> bool;
+    /// The mixed output. `attention` is `(B, N, D)`, `None` where it is not needed; `batch` is B.
+    fn apply(&self, attention: Option<&Tensor>, batch: usize, dtype: DType) -> Result<Tensor>;
+    /// From the gradient `(B, N, D)` at the mixed output: the gradient at the attention output
+    /// `(B, N, D)`, where it is needed.
+    fn vjp_attention(&self, gradient: &Tensor) -> Result<Option<Tensor>>;
+    /// From the gradient `(B, N, D)` at the mixed output: the gradient `(N, D)` f32 of the anchor,
+    /// summed over the batch.
+    fn vjp_anchor(&self, gradient: &Tensor) -> Result<Tensor>;
+}
+
+/// What is put into a tower. Empty is the undefended tower, bit for bit.
+#[derive(Clone, Default)]
+pub struct Inserts {
+    /// On the picture, before normalisation.
+    pub input: Option<Arc<dyn InputFilter>>,
+    /// On the first block's attention output.
+    pub attention: Option<Arc<dyn AttentionMix>>,
+}
+
+/// Which outputs a forward pass computes; blocks behind the last one asked for are not run.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Want {
+    /// Hidden states by block number: 0 is the input of block 1, k the output of block k.
+    pub hidden: Vec<usize>,
+    /// The pooled embedding.
+    pub pooled: bool,
+}
+
+impl Want {
+    /// The hidden state after `block` alone.
+    pub fn hidden(block: usize) -> Self {
+        Self { hidden: vec![block], pooled: false }
+    }
+
+    /// Every hidden state and the pooled embedding.
+    pub fn everything(spec: &TowerSpec) -> Self {
+        Self { hidden: (0..=spec.blocks).collect(), pooled: true }
+    }
+
+    /// The pooled embedding alone.
+    pub fn pooled() -> Self {
+        Self { hidden: Vec::new(), pooled: true }
+    }
+
+    /// The last block to run.
+    pub(crate) fn last_block(&self, blocks: usize) -> usize {
+        if self.pooled { blocks } else { self.hidden.iter().copied().max().unwrap_or(0) }
+    }
+}
+
+/// The outputs of a forward pass.
+#[derive(Debug, Clone)]
+pub struct Features {
+    /// `(B, N, D)` per entry of [`Want::hidden`], in that order.
+    pub hidden: Vec<Tensor>,
+    /// The class token after the final norm, `(B, D)`, if asked for.
+    pub pooled: Option<Tensor>,
+    /// `pooled` after the projection, `(B, projection)`, where the checkpoint has one.
+    pub embeds: Option<Tensor>,
+}
+
+/// Gradients of a scalar with respect to the outputs of a forward pass.
+#[derive(Debug, Clone, Default)]
+pub struct Cotangent {
+    /// By block number, each `(B, N, D)`.
+    pub hidden: Vec<(usize, Tensor)>,
+    /// At [`Features::pooled`], `(B, D)`.
+    pub pooled: Option<Tensor>,
+    /// At [`Features::embeds`], `(B, projection)`.
+    pub embeds: Option<Tensor>,
+}
+
+/// Which gradients `vjp` forms. Those of the weights never are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wrt {
+    /// With respect to the pixels.
+    pub pixels: bool,
+    /// With respect to the anchor. Alone, it stops at block 1 and skips the patch embedding.
+    pub anchor: bool,
+}
+
+/// The result of a `vjp`.
+#[derive(Debug, Clone, Default)]
+pub struct Gradients {
+    /// `(B, 3, H, W)` f32, with respect to the pixels in [0, 1], if asked for.
+    pub pixels: Option<Tensor>,
+    /// `(N, D)` f32, with respect to the anchor and summed over the batch, if asked for.
+    pub anchor: Option<Tensor>,
+}
+
+/// A vision tower: the one thing that serving, attacking, training and analysis see.
+pub trait VisionTower: Send + Sync {
+    /// What a forward pass keeps for [`VisionTower::vjp`].
+    type Tape;
+
+    /// The tower's shapes.
+    fn spec(&self) -> &TowerSpec;
+
+    /// The device its weights are on.
+    fn device(&self) -> &Device;
+
+    /// Runs pixels `(B, 3, H, W)` f32 in [0, 1] through the tower.
+    ///
+    /// # Errors
+    /// If the pixels have another shape than the tower's, or a block asked for does not exist.
+    fn forward(&self, pixels: &Tensor, want: &Want) -> Result<Features>;
+
+    /// As [`VisionTower::forward`], and keeps what the gradient needs.
+    fn forward_tape(&self, pixels: &Tensor, want: &Want) -> Result<(Features, Self::Tape)>;
+
+    /// The vector-Jacobian product: takes `cotangent` back to the pixels and the anchor.
+    ///
+    /// # Errors
+    /// If a cotangent is given for an output the tape does not reach, or the gradient of an
+    /// anchor is asked for where none is put in.
+    fn vjp(&self, tape: &Self::Tape, cotangent: &Cotangent, wrt: Wrt) -> Result<Gradients>;
+}

@@ -1,0 +1,159 @@
+//! Where a tower's weights come from: memory-mapped safetensors, or whatever an engine holds.
+
+use std::collections::HashMap;
+use std::path::{Component, Path, PathBuf};
+
+use candle_core::safetensors::MmapedSafetensors;
+use candle_core::{Device, Tensor};
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+
+use crate::{Error, Result};
+
+/// Named tensors.
+pub trait Weights {
+    /// The tensor `name`, in the dtype it is stored in.
+    ///
+    /// # Errors
+    /// [`Error::MissingWeight`] if there is none, [`Error::WeightShape`] if it has another shape.
+    fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor>;
+    /// Whether there is a tensor `name`.
+    fn contains(&self, name: &str) -> bool;
+}
+
+/// The safetensors files of a model folder, memory-mapped.
+pub struct Checkpoint {
+    folder: PathBuf,
+    /// The index file of a sharded checkpoint, or its only file: what errors name.
+    label: PathBuf,
+    files: Vec<PathBuf>,
+    tensors: MmapedSafetensors,
+    /// Every tensor's name.
+    names: Vec<String>,
+}
+
+impl Checkpoint {
+    /// Maps `model.safetensors`, or the files that `model.safetensors.index.json` lists, or a
+    /// single `.safetensors` file given directly.
+    ///
+    /// # Errors
+    /// If there is no such file, or one of them is damaged.
+    pub fn open(path: &Path) -> Result<Self> {
+        let (folder, label, files) = if path.is_file() {
+            let folder = path.parent().unwrap_or(Path::new(".")).to_path_buf();
+            (folder, path.to_path_buf(), vec![path.to_path_buf()])
+        } else {
+            let index = path.join("model.safetensors.index.json");
+            let single = path.join("model.safetensors");
+            if index.is_file() {
+                (path.to_path_buf(), index.clone(), shards(&index)?)
+            } else {
+                (path.to_path_buf(), single.clone(), vec![single])
+            }
+        };
+        for file in &files {
+            // A clearer message than the mapping's own.
+            std::fs::File::open(file).map_err(|e| Error::read(file, e))?;
+        }
+        // Safety: the files must not change while they are mapped, as for every reader of weights.
+        let tensors = unsafe { MmapedSafetensors::multi(&files) }.map_err(|e| {
+            Error::config(&label, format!("not a complete safetensors checkpoint: {}", first_line(&e)))
+        })?;
+        let names = tensors.tensors().into_iter().map(|(name, _)| name).collect();
+        Ok(Self { folder, label, files, tensors, names })
+    }
+
+    /// The folder the files lie in.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The files, in the index's order.
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
+    }
+
+    /// Every tensor's name.
+    pub fn names(&self) -> &[String] {
+        &self.names
+    }
+
+    /// The part of the checkpoint whose names begin with `prefix`, loaded onto `device`.
+    pub fn at<'a>(&'a self, prefix: &str, device: &Device) -> CheckpointAt<'a> {
+        CheckpointAt { checkpoint: self, prefix: prefix.to_string(), device: device.clone() }
+    }
+
+    fn view(&self, name: &str) -> Result<TensorView<'_>> {
+        let missing = || Error::MissingWeight { file: self.label.clone(), name: name.to_string() };
+        // `get` names a wrong tensor in a single file, so look first.
+        if !self.names.iter().any(|n| n == name) {
+            return Err(missing());
+        }
+        self.tensors.get(name).map_err(|_| missing())
+    }
+}
+
+/// A [`Checkpoint`] below a prefix.
+pub struct CheckpointAt<'a> {
+    checkpoint: &'a Checkpoint,
+    prefix: String,
+    device: Device,
+}
+
+impl Weights for CheckpointAt<'_> {
+    fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let name = format!("{}{name}", self.prefix);
+        let view = self.checkpoint.view(&name)?;
+        if view.shape() != shape {
+            return Err(Error::WeightShape {
+                file: self.checkpoint.label.clone(),
+                name,
+                expected: shape.to_vec(),
+                found: view.shape().to_vec(),
+            });
+        }
+        // Integers and 8-bit floats are quantised weights, which mean nothing without their scales.
+        if !matches!(view.dtype(), Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+            let dtype = view.dtype();
+            return Err(Error::config(
+                &self.checkpoint.label,
+                format!("weight `{name}` is {dtype:?}, expected F32, F16 or BF16"),
+            ));
+        }
+        Ok(candle_core::safetensors::Load::load(&view, &self.device)?)
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        let name = format!("{}{name}", self.prefix);
+        self.checkpoint.names.contains(&name)
+    }
+}
+
+/// The files an index names, each once, in order of first mention.
+fn shards(index: &Path) -> Result<Vec<PathBuf>> {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: HashMap<String, String>,
+    }
+    let text = std::fs::read_to_string(index).map_err(|e| Error::read(index, e))?;
+    let parsed: Index = serde_json::from_str(&text).map_err(|e| Error::config(index, e.to_string()))?;
+    let mut names: Vec<&String> = parsed.weight_map.values().collect();
+    names.sort();
+    names.dedup();
+    let folder = index.parent().unwrap_or(Path::new("."));
+    names
+        .into_iter()
+        .map(|name| {
+            // An index is outside data: it may name files beside itself and nothing else.
+            let mut parts = Path::new(name).components();
+            if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
+                return Err(Error::config(index, format!("names a file outside its folder: `{name}`")));
+            }
+            Ok(folder.join(name))
+        })
+        .collect()
+}
+
+fn first_line(error: &candle_core::Error) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_string()
+}

@@ -1,0 +1,206 @@
+//! `radapt serve`: the real binary on a real socket, asked over plain HTTP and by the official
+//! `openai` Python client.
+#![cfg(feature = "engine")]
+
+mod fixture;
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::process::{Child, Command, Stdio};
+
+use base64::Engine as _;
+use fixture::path;
+use serde_json::{Value, json};
+
+/// A running server; dropped, it is stopped.
+struct Server {
+    child: Child,
+    address: String,
+}
+
+impl Server {
+    fn start(extra: &[&str]) -> Self {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_radapt"))
+            .args(["serve", "--addr", "127.0.0.1:0", "--model", &path("llava/v4").display().to_string()])
+            .args(["--name", "tiny", "--contract", "llava-crop", "--json"])
+            .args(extra)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .expect("the server starts");
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().expect("a pipe")).read_line(&mut line).expect("its first line");
+        let started: Value = serde_json::from_str(&line).expect("JSON");
+        Self { child, address: started["address"].as_str().expect("an address").to_string() }
+    }
+
+    /// One HTTP/1.1 exchange: status and body.
+    fn request(&self, method: &str, route: &str, body: &str) -> (u16, String) {
+        let mut stream = TcpStream::connect(&self.address).expect("a connection");
+        let length = body.len();
+        write!(
+            stream,
+            "{method} {route} HTTP/1.1\r\nhost: {}\r\ncontent-type: application/json\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}",
+            self.address
+        )
+        .expect("sent");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("an answer");
+        let status = answer.split(' ').nth(1).and_then(|code| code.parse().ok()).expect("a status");
+        let body = answer.split_once("\r\n\r\n").map(|(_, body)| body.to_string()).unwrap_or_default();
+        (status, body)
+    }
+
+    fn chat(&self, body: &Value) -> (u16, Value) {
+        let (status, text) = self.request("POST", "/v1/chat/completions", &body.to_string());
+        (status, serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}")))
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn data_url(name: &str) -> String {
+    let bytes = std::fs::read(path(name)).expect("the fixture");
+    format!("data:image/png;base64,{}", base64::engine::general_purpose::STANDARD.encode(bytes))
+}
+
+fn question(url: &str) -> Value {
+    json!({
+        "model": "tiny",
+        "max_tokens": 8,
+        "messages": [{ "role": "user", "content": [
+            { "type": "image_url", "image_url": { "url": url } },
+            { "type": "text", "text": "What is in the picture?" },
+        ]}],
+    })
+}
+
+/// What transformers says.
+fn expected() -> String {
+    let text = std::fs::read_to_string(path("llava/expected_v4.json")).expect("the fixture");
+    let cases: Vec<Value> = serde_json::from_str(&text).expect("cases");
+    let case = cases.iter().find(|case| case["name"] == "llava-crop.q0.wide").expect("the case");
+    case["text"].as_str().expect("text").to_string()
+}
+
+#[test]
+fn answers_over_http_whole_and_streamed() {
+    let server = Server::start(&["--anchor", "none"]);
+    let (status, body) = server.request("GET", "/health", "");
+    assert_eq!((status, body.trim()), (200, r#"{"status":"ok"}"#));
+    let (status, models) = server.request("GET", "/v1/models", "");
+    assert_eq!(status, 200);
+    assert_eq!(serde_json::from_str::<Value>(&models).expect("JSON")["data"][0]["id"], "tiny");
+
+    let body = question(&data_url("llava/pictures/wide.png"));
+    let (status, answer) = server.chat(&body);
+    assert_eq!(status, 200, "{answer}");
+    let choice = &answer["choices"][0];
+    assert_eq!(choice["message"]["content"].as_str().map(str::trim), Some(expected().trim()));
+    assert_eq!(choice["finish_reason"], "length");
+    assert_eq!(answer["usage"], json!({ "prompt_tokens": 40, "completion_tokens": 8, "total_tokens": 48 }));
+
+    let mut streamed = body.clone();
+    streamed["stream"] = json!(true);
+    streamed["stream_options"] = json!({ "include_usage": true });
+    let (status, events) = server.request("POST", "/v1/chat/completions", &streamed.to_string());
+    assert_eq!(status, 200);
+    let events: Vec<&str> = events.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
+    assert_eq!(events.last(), Some(&"[DONE]"));
+    let chunks: Vec<Value> = events[..events.len() - 1].iter().map(|event| serde_json::from_str(event).expect("JSON")).collect();
+    let text: String = chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str()).collect();
+    assert_eq!(text.trim(), expected().trim());
+    assert!(chunks.len() > 4, "an answer of eight tokens comes in pieces");
+    assert_eq!(chunks[chunks.len() - 1]["usage"]["total_tokens"], 48);
+    assert_eq!(chunks[chunks.len() - 2]["choices"][0]["finish_reason"], "length");
+}
+
+#[test]
+fn requests_at_once_get_their_own_answers() {
+    let server = Server::start(&["--anchor", "none"]);
+    let ask = |name: &str| server.chat(&question(&data_url(name))).1["choices"][0]["message"]["content"].clone();
+    let (wide, tall) = (ask("llava/pictures/wide.png"), ask("llava/pictures/tall.png"));
+    assert_ne!(wide, tall);
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..12)
+            .map(|i| {
+                let (name, expected) = if i % 2 == 0 { ("llava/pictures/wide.png", &wide) } else { ("llava/pictures/tall.png", &tall) };
+                scope.spawn(move || (ask(name), expected))
+            })
+            .collect();
+        for thread in threads {
+            let (answer, expected) = thread.join().expect("an answer");
+            assert_eq!(&answer, expected);
+        }
+    });
+}
+
+#[test]
+fn refuses_what_it_cannot_answer_in_openais_shape() {
+    let server = Server::start(&["--max-pixels", "100000"]);
+    let good = question(&data_url("llava/pictures/wide.png"));
+    let with = |change: &dyn Fn(&mut Value)| {
+        let mut body = good.clone();
+        change(&mut body);
+        body
+    };
+    let url = |url: &'static str| with(&move |b| b["messages"][0]["content"][0]["image_url"]["url"] = json!(url));
+    let cases = [
+        ("another model", with(&|b| b["model"] = json!("gpt")), 404, "no model `gpt`"),
+        ("a web address", url("https://example.com/a.png"), 400, "data:"),
+        ("a file", url("file:///etc/passwd"), 400, "data:"),
+        ("a path", url("/etc/passwd"), 400, "data:"),
+        ("no base64", url("data:image/png;base64,@@@"), 400, "base64"),
+        ("no picture", url("data:image/png;base64,aGVsbG8="), 400, "not a PNG"),
+        ("a huge picture", with(&|b| b["messages"][0]["content"][0]["image_url"]["url"] = json!(data_url("decode/huge-header.png"))), 413, "pixels"),
+        ("no messages", with(&|b| b["messages"] = json!([])), 400, "last message"),
+        ("a role", with(&|b| b["messages"][0]["role"] = json!("robot")), 400, "robot"),
+        ("the marker", with(&|b| b["messages"][0]["content"][1]["text"] = json!("<image> what?")), 400, "<image>"),
+        ("too many tokens", with(&|b| b["max_tokens"] = json!(1_000_000)), 400, "max_tokens"),
+        ("no tokens", with(&|b| b["max_tokens"] = json!(0)), 400, "max_tokens"),
+        ("two answers", with(&|b| b["n"] = json!(2)), 400, "one answer"),
+        ("a temperature", with(&|b| b["temperature"] = json!(-1)), 400, "temperature"),
+        ("no JSON schema", with(&|b| b["messages"] = json!(7)), 422, "messages"),
+        ("too many pictures", with(&|b| {
+            let part = b["messages"][0]["content"][0].clone();
+            b["messages"][0]["content"] = json!(vec![part; 9]);
+        }), 400, "more than 8"),
+    ];
+    for (what, body, status, says) in cases {
+        let (found, answer) = server.chat(&body);
+        assert_eq!(found, status, "{what}: {answer}");
+        let message = answer["error"]["message"].as_str().unwrap_or_else(|| panic!("{what}: {answer}"));
+        assert!(message.contains(says), "{what}: {message}");
+    }
+    assert_eq!(server.request("GET", "/nothing", "").0, 404);
+    assert_eq!(server.request("GET", "/v1/chat/completions", "").0, 405);
+    // And it still answers.
+    assert_eq!(server.chat(&good).0, 200);
+}
+
+#[test]
+fn the_official_python_client_gets_answers() {
+    let python = std::env::var("RADAPT_PYTHON").unwrap_or_else(|_| "python3".into());
+    let there = Command::new(&python).args(["-c", "import openai"]).output().is_ok_and(|output| output.status.success());
+    if !there {
+        eprintln!("SKIPPED: `{python}` has no `openai` package; set RADAPT_PYTHON to one that has (pip install openai)");
+        return;
+    }
+    let server = Server::start(&["--anchor", "training-free"]);
+    let output = Command::new(&python)
+        .arg(path("openai/ask.py"))
+        .args([&format!("http://{}/v1", server.address), &path("llava/pictures/wide.png").display().to_string()])
+        .output()
+        .expect("python runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let answers: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(answers["models"], json!(["tiny"]));
+    assert_eq!(answers["whole"], answers["streamed"]);
+    assert!(answers["whole"].as_str().is_some_and(|text| !text.trim().is_empty()), "{answers}");
+    assert_eq!(answers["refused"], 400);
+}
