@@ -40,7 +40,10 @@ fn fails(what: &str, arguments: &[&str], code: i32, says: &str) {
     assert!(lines[0].starts_with("error: "), "{what}: {stderr}");
     // clap's own messages carry a usage line.
     if !stderr.contains("Usage:") && !stderr.contains("--help") {
-        assert!(lines[1..].iter().all(|line| line.starts_with("hint: ")) && lines.len() <= 2, "{what}: {stderr}");
+        assert!(
+            lines[1..].iter().all(|line| line.starts_with("hint: ")) && lines.len() <= 2,
+            "{what}: {stderr}"
+        );
     }
 }
 
@@ -99,7 +102,13 @@ fn anchors_are_extracted_shown_and_checked() {
     let shown = stdout_json(&["anchor", "show", &anchor, "--json"]);
     assert_eq!(shown["schema_version"], 1);
     assert_eq!(shown["shape"], json!([26, 32]));
-    for (key, value) in [("method", "training-free"), ("grid", "5x5"), ("alpha", "1.2"), ("beta", "-0.8"), ("contract", "llava-pad")] {
+    for (key, value) in [
+        ("method", "training-free"),
+        ("grid", "5x5"),
+        ("alpha", "1.2"),
+        ("beta", "-0.8"),
+        ("contract", "llava-pad"),
+    ] {
         assert_eq!(shown[format!("radapt.{key}")], value, "{key}");
     }
     let llava = path("llava/v4").display().to_string();
@@ -119,6 +128,46 @@ fn anchors_are_extracted_shown_and_checked() {
     assert!(radapt(&["anchor", "check", &anchor, "--model", &other, "--allow-mismatch"]).status.success());
 }
 
+/// `org/name` in a cache laid out as the Hub's clients do.
+#[test]
+fn a_cached_hub_model_is_found_offline_by_its_revision() {
+    let root = tempfile::tempdir().expect("a folder");
+    let model = root.path().join("models--tiny--llava");
+    let snapshot = model.join("snapshots/0123abcd");
+    std::fs::create_dir_all(&snapshot).expect("a folder");
+    std::fs::create_dir(model.join("refs")).expect("a folder");
+    std::fs::write(model.join("refs/v1"), "0123abcd").expect("written");
+    copy("llava/v4", &snapshot);
+    let out = root.path().join("anchor.safetensors").display().to_string();
+    let extract = |revision: &str| {
+        Command::new(env!("CARGO_BIN_EXE_radapt"))
+            .args([
+                "anchor",
+                "extract",
+                "--model",
+                "tiny/llava",
+                "--revision",
+                revision,
+                "--out",
+                &out,
+                "--offline",
+            ])
+            .env("HF_HUB_CACHE", root.path())
+            .output()
+            .expect("the command runs")
+    };
+    let output = extract("v1");
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let shown = stdout_json(&["anchor", "show", &out, "--json"]);
+    assert_eq!(
+        (&shown["radapt.base_model"], &shown["radapt.base_revision"]),
+        (&json!("tiny/llava"), &json!("v1"))
+    );
+    let output = extract("v2");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("revision `v2` is not in the cache"), "{}", text(&output.stderr));
+}
+
 #[test]
 fn broken_anchors_are_one_clear_line() {
     let root = tempfile::tempdir().expect("a folder");
@@ -130,7 +179,9 @@ fn broken_anchors_are_one_clear_line() {
         change(&file);
         file.display().to_string()
     };
-    let metadata = |key: &'static str, value: &'static str| move |file: &Path| edit_header(file, |h| h["__metadata__"][key] = json!(value));
+    let metadata = |key: &'static str, value: &'static str| {
+        move |file: &Path| edit_header(file, |h| h["__metadata__"][key] = json!(value))
+    };
     let nan = |file: &Path| {
         let mut bytes = std::fs::read(file).expect("a file");
         let end = bytes.len();
@@ -141,14 +192,32 @@ fn broken_anchors_are_one_clear_line() {
         (file("truncated", &|f| truncate(f, bytes.len() - 7)), "not a complete safetensors file"),
         (file("header", &|f| truncate(f, 40)), "not a complete safetensors file"),
         (file("empty", &|f| truncate(f, 0)), "not a complete safetensors file"),
-        (file("text", &|f| std::fs::write(f, "not an anchor").expect("written")), "not a complete safetensors file"),
+        (
+            file("text", &|f| std::fs::write(f, "not an anchor").expect("written")),
+            "not a complete safetensors file",
+        ),
         (file("nan", &nan), "NaN"),
         (file("version", &metadata("radapt.version", "2")), "version `2`"),
         (file("grid", &metadata("radapt.grid", "4x5")), "makes 21 rows"),
         (file("alpha", &metadata("radapt.alpha", "inf")), "radapt.alpha"),
         (file("contract", &metadata("radapt.contract", "fisheye")), "radapt.contract"),
-        (file("no-metadata", &|f| edit_header(f, |h| { h.as_object_mut().expect("an object").remove("__metadata__"); })), "not an anchor"),
-        (file("tensor", &|f| edit_header(f, |h| { let t = h.as_object_mut().expect("an object").remove("anchor").expect("it"); h["other"] = t; })), "no tensor `anchor`"),
+        (
+            file("no-metadata", &|f| {
+                edit_header(f, |h| {
+                    h.as_object_mut().expect("an object").remove("__metadata__");
+                })
+            }),
+            "not an anchor",
+        ),
+        (
+            file("tensor", &|f| {
+                edit_header(f, |h| {
+                    let t = h.as_object_mut().expect("an object").remove("anchor").expect("it");
+                    h["other"] = t;
+                })
+            }),
+            "no tensor `anchor`",
+        ),
         (root.path().join("missing").display().to_string(), "missing"),
         (root.path().display().to_string(), "not a file"),
     ];
@@ -159,7 +228,8 @@ fn broken_anchors_are_one_clear_line() {
     let small = root.path().join("small");
     std::fs::create_dir(&small).expect("a folder");
     copy("clip/v4", &small);
-    let fingerprint = metadata("radapt.fingerprint", "0000000000000000000000000000000000000000000000000000000000000000");
+    let fingerprint =
+        metadata("radapt.fingerprint", "0000000000000000000000000000000000000000000000000000000000000000");
     let other = file("fingerprint", &fingerprint);
     let llava = path("llava/v4").display().to_string();
     fails("fingerprint", &["anchor", "check", &other, "--model", &llava], 1, "--allow-mismatch");
@@ -183,7 +253,18 @@ mod chat {
     #[test]
     fn an_answer_and_its_json_are_the_same() {
         let model = path("llava/v4").display().to_string();
-        let arguments = ["chat", "--model", &model, "--image", &picture("wide"), "--max-tokens", "8", "--contract", "llava-crop", "What is in the picture?"];
+        let arguments = [
+            "chat",
+            "--model",
+            &model,
+            "--image",
+            &picture("wide"),
+            "--max-tokens",
+            "8",
+            "--contract",
+            "llava-crop",
+            "What is in the picture?",
+        ];
         for (anchor, defended) in [("none", false), ("training-free", true)] {
             let with: Vec<&str> = [&arguments[..], &["--anchor", anchor]].concat();
             let output = radapt(&with);
@@ -195,7 +276,11 @@ mod chat {
             assert_eq!(json["contract"], "llava-crop");
             assert_eq!(json["defense"].is_object(), defended);
             assert_eq!(json["tokens"].as_array().map(Vec::len), Some(8));
-            assert!(json["logprobs"].as_array().is_some_and(|l| l.len() == 8 && l.iter().all(|p| p.as_f64().is_some_and(|p| p <= 0.0))));
+            assert!(
+                json["logprobs"]
+                    .as_array()
+                    .is_some_and(|l| l.len() == 8 && l.iter().all(|p| p.as_f64().is_some_and(|p| p <= 0.0)))
+            );
         }
     }
 
@@ -205,7 +290,19 @@ mod chat {
         let anchor = extract(root.path()).display().to_string();
         let model = path("llava/v4").display().to_string();
         let ask = |anchor: &str| {
-            let json = stdout_json(&["chat", "--model", &model, "--image", &picture("tall"), "--max-tokens", "8", "--anchor", anchor, "--json", "What is it?"]);
+            let json = stdout_json(&[
+                "chat",
+                "--model",
+                &model,
+                "--image",
+                &picture("tall"),
+                "--max-tokens",
+                "8",
+                "--anchor",
+                anchor,
+                "--json",
+                "What is it?",
+            ]);
             (json["tokens"].clone(), json["logprobs"].clone())
         };
         assert_eq!(ask(&anchor), ask("training-free"));
@@ -218,13 +315,25 @@ mod chat {
         use std::process::Stdio;
         let model = path("llava/v4").display().to_string();
         let mut child = Command::new(env!("CARGO_BIN_EXE_radapt"))
-            .args(["chat", "--model", &model, "--image", &picture("wide"), "--anchor", "none", "--max-tokens", "8", "-q"])
+            .args([
+                "chat",
+                "--model",
+                &model,
+                "--image",
+                &picture("wide"),
+                "--anchor",
+                "none",
+                "--max-tokens",
+                "8",
+                "-q",
+            ])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .expect("the command runs");
-        let script = "What is in the picture?\n/image /no/such/file\nWhat is in the picture?\n/reset\nHello\n/quit\n";
+        let script =
+            "What is in the picture?\n/image /no/such/file\nWhat is in the picture?\n/reset\nHello\n/quit\n";
         child.stdin.take().expect("a pipe").write_all(script.as_bytes()).expect("written");
         let output = child.wait_with_output().expect("it ends");
         assert!(output.status.success(), "{}", text(&output.stderr));
@@ -275,26 +384,111 @@ mod chat {
         };
         let config = |change: fn(&mut Value)| move |f: &Path| edit_json(&f.join("config.json"), change);
         let cases: Vec<(&str, String, &str)> = vec![
-            ("tower weight", broken("tower", &rename("vision_tower.vision_model.encoder.layers.1.mlp.fc1.weight")), "encoder.layers.1.mlp.fc1.weight"),
-            ("language weight", broken("language", &rename("language_model.model.layers.0.mlp.up_proj.weight")), "up_proj"),
-            ("projector weight", broken("projector", &rename("multi_modal_projector.linear_1.weight")), "linear_1"),
-            ("no tower", broken("no-tower", &rename("vision_tower.vision_model.embeddings.class_embedding")), "class_embedding"),
-            ("weight shape", broken("shape", &config(|c| c["vision_config"]["intermediate_size"] = json!(96))), "shape"),
+            (
+                "tower weight",
+                broken("tower", &rename("vision_tower.vision_model.encoder.layers.1.mlp.fc1.weight")),
+                "encoder.layers.1.mlp.fc1.weight",
+            ),
+            (
+                "language weight",
+                broken("language", &rename("language_model.model.layers.0.mlp.up_proj.weight")),
+                "up_proj",
+            ),
+            (
+                "projector weight",
+                broken("projector", &rename("multi_modal_projector.linear_1.weight")),
+                "linear_1",
+            ),
+            (
+                "no tower",
+                broken("no-tower", &rename("vision_tower.vision_model.embeddings.class_embedding")),
+                "class_embedding",
+            ),
+            (
+                "weight shape",
+                broken("shape", &config(|c| c["vision_config"]["intermediate_size"] = json!(96))),
+                "shape",
+            ),
             ("truncated weights", broken("cut", &|f| truncate(&weights(f), 5000)), "safetensors"),
-            ("no weights", broken("bare", &|f| std::fs::remove_file(weights(f)).expect("removed")), "model.safetensors"),
-            ("no config", broken("no-config", &|f| std::fs::remove_file(f.join("config.json")).expect("removed")), "config.json"),
-            ("config is no JSON", broken("no-json", &|f| std::fs::write(f.join("config.json"), "{").expect("written")), "config.json"),
+            (
+                "no weights",
+                broken("bare", &|f| std::fs::remove_file(weights(f)).expect("removed")),
+                "model.safetensors",
+            ),
+            (
+                "no config",
+                broken("no-config", &|f| std::fs::remove_file(f.join("config.json")).expect("removed")),
+                "config.json",
+            ),
+            (
+                "config is no JSON",
+                broken("no-json", &|f| std::fs::write(f.join("config.json"), "{").expect("written")),
+                "config.json",
+            ),
             ("model type", broken("type", &config(|c| c["model_type"] = json!("llama"))), "model_type"),
-            ("tower type", broken("siglip", &config(|c| c["vision_config"]["model_type"] = json!("siglip_vision_model"))), "siglip"),
-            ("activation", broken("act", &config(|c| c["vision_config"]["hidden_act"] = json!("relu"))), "hidden_act"),
-            ("heads", broken("heads", &config(|c| c["vision_config"]["num_attention_heads"] = json!(5))), "num_attention_heads"),
-            ("feature layer", broken("layer", &config(|c| c["vision_feature_layer"] = json!(-9))), "vision_feature_layer"),
-            ("scaled rope", broken("rope", &config(|c| c["text_config"]["rope_scaling"] = json!({"type": "linear", "factor": 2.0}))), "rope_scaling"),
-            ("text model", broken("gemma", &config(|c| c["text_config"]["model_type"] = json!("gemma"))), "text_config.model_type"),
-            ("preprocessor", broken("pre", &|f| edit_json(&f.join("preprocessor_config.json"), |c| c["size"] = json!("big"))), "preprocessor_config.json"),
-            ("other picture size", broken("size", &|f| edit_json(&f.join("preprocessor_config.json"), |c| { c["size"] = json!({"shortest_edge": 28}); c["crop_size"] = json!({"height": 28, "width": 28}); })), "28x28"),
-            ("no tokenizer", broken("tokens", &|f| std::fs::remove_file(f.join("tokenizer.json")).expect("removed")), "tokenizer.json"),
-            ("broken tokenizer", broken("tok", &|f| std::fs::write(f.join("tokenizer.json"), "[").expect("written")), "tokenizer.json"),
+            (
+                "tower type",
+                broken(
+                    "siglip",
+                    &config(|c| c["vision_config"]["model_type"] = json!("siglip_vision_model")),
+                ),
+                "siglip",
+            ),
+            (
+                "activation",
+                broken("act", &config(|c| c["vision_config"]["hidden_act"] = json!("relu"))),
+                "hidden_act",
+            ),
+            (
+                "heads",
+                broken("heads", &config(|c| c["vision_config"]["num_attention_heads"] = json!(5))),
+                "num_attention_heads",
+            ),
+            (
+                "feature layer",
+                broken("layer", &config(|c| c["vision_feature_layer"] = json!(-9))),
+                "vision_feature_layer",
+            ),
+            (
+                "scaled rope",
+                broken(
+                    "rope",
+                    &config(|c| c["text_config"]["rope_scaling"] = json!({"type": "linear", "factor": 2.0})),
+                ),
+                "rope_scaling",
+            ),
+            (
+                "text model",
+                broken("gemma", &config(|c| c["text_config"]["model_type"] = json!("gemma"))),
+                "text_config.model_type",
+            ),
+            (
+                "preprocessor",
+                broken("pre", &|f| {
+                    edit_json(&f.join("preprocessor_config.json"), |c| c["size"] = json!("big"))
+                }),
+                "preprocessor_config.json",
+            ),
+            (
+                "other picture size",
+                broken("size", &|f| {
+                    edit_json(&f.join("preprocessor_config.json"), |c| {
+                        c["size"] = json!({"shortest_edge": 28});
+                        c["crop_size"] = json!({"height": 28, "width": 28});
+                    })
+                }),
+                "28x28",
+            ),
+            (
+                "no tokenizer",
+                broken("tokens", &|f| std::fs::remove_file(f.join("tokenizer.json")).expect("removed")),
+                "tokenizer.json",
+            ),
+            (
+                "broken tokenizer",
+                broken("tok", &|f| std::fs::write(f.join("tokenizer.json"), "[").expect("written")),
+                "tokenizer.json",
+            ),
             ("no such folder", "/no/such/model".into(), "no such folder"),
             ("not in the cache", "radapt-test/none".into(), "offline"),
             ("a CLIP", path("clip/v4").display().to_string(), "needs a LLaVA"),

@@ -112,8 +112,10 @@ fn answers_over_http_whole_and_streamed() {
     assert_eq!(status, 200);
     let events: Vec<&str> = events.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
     assert_eq!(events.last(), Some(&"[DONE]"));
-    let chunks: Vec<Value> = events[..events.len() - 1].iter().map(|event| serde_json::from_str(event).expect("JSON")).collect();
-    let text: String = chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str()).collect();
+    let chunks: Vec<Value> =
+        events[..events.len() - 1].iter().map(|event| serde_json::from_str(event).expect("JSON")).collect();
+    let text: String =
+        chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str()).collect();
     assert_eq!(text.trim(), expected().trim());
     assert!(chunks.len() > 4, "an answer of eight tokens comes in pieces");
     assert_eq!(chunks[chunks.len() - 1]["usage"]["total_tokens"], 48);
@@ -123,13 +125,18 @@ fn answers_over_http_whole_and_streamed() {
 #[test]
 fn requests_at_once_get_their_own_answers() {
     let server = Server::start(&["--anchor", "none"]);
-    let ask = |name: &str| server.chat(&question(&data_url(name))).1["choices"][0]["message"]["content"].clone();
+    let ask =
+        |name: &str| server.chat(&question(&data_url(name))).1["choices"][0]["message"]["content"].clone();
     let (wide, tall) = (ask("llava/pictures/wide.png"), ask("llava/pictures/tall.png"));
     assert_ne!(wide, tall);
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..12)
             .map(|i| {
-                let (name, expected) = if i % 2 == 0 { ("llava/pictures/wide.png", &wide) } else { ("llava/pictures/tall.png", &tall) };
+                let (name, expected) = if i % 2 == 0 {
+                    ("llava/pictures/wide.png", &wide)
+                } else {
+                    ("llava/pictures/tall.png", &tall)
+                };
                 scope.spawn(move || (ask(name), expected))
             })
             .collect();
@@ -149,7 +156,8 @@ fn refuses_what_it_cannot_answer_in_openais_shape() {
         change(&mut body);
         body
     };
-    let url = |url: &'static str| with(&move |b| b["messages"][0]["content"][0]["image_url"]["url"] = json!(url));
+    let url =
+        |url: &'static str| with(&move |b| b["messages"][0]["content"][0]["image_url"]["url"] = json!(url));
     let cases = [
         ("another model", with(&|b| b["model"] = json!("gpt")), 404, "no model `gpt`"),
         ("a web address", url("https://example.com/a.png"), 400, "data:"),
@@ -157,19 +165,36 @@ fn refuses_what_it_cannot_answer_in_openais_shape() {
         ("a path", url("/etc/passwd"), 400, "data:"),
         ("no base64", url("data:image/png;base64,@@@"), 400, "base64"),
         ("no picture", url("data:image/png;base64,aGVsbG8="), 400, "not a PNG"),
-        ("a huge picture", with(&|b| b["messages"][0]["content"][0]["image_url"]["url"] = json!(data_url("decode/huge-header.png"))), 413, "pixels"),
+        (
+            "a huge picture",
+            with(&|b| {
+                b["messages"][0]["content"][0]["image_url"]["url"] = json!(data_url("decode/huge-header.png"))
+            }),
+            413,
+            "pixels",
+        ),
         ("no messages", with(&|b| b["messages"] = json!([])), 400, "last message"),
         ("a role", with(&|b| b["messages"][0]["role"] = json!("robot")), 400, "robot"),
-        ("the marker", with(&|b| b["messages"][0]["content"][1]["text"] = json!("<image> what?")), 400, "<image>"),
+        (
+            "the marker",
+            with(&|b| b["messages"][0]["content"][1]["text"] = json!("<image> what?")),
+            400,
+            "<image>",
+        ),
         ("too many tokens", with(&|b| b["max_tokens"] = json!(1_000_000)), 400, "max_tokens"),
         ("no tokens", with(&|b| b["max_tokens"] = json!(0)), 400, "max_tokens"),
         ("two answers", with(&|b| b["n"] = json!(2)), 400, "one answer"),
         ("a temperature", with(&|b| b["temperature"] = json!(-1)), 400, "temperature"),
         ("no JSON schema", with(&|b| b["messages"] = json!(7)), 422, "messages"),
-        ("too many pictures", with(&|b| {
-            let part = b["messages"][0]["content"][0].clone();
-            b["messages"][0]["content"] = json!(vec![part; 9]);
-        }), 400, "more than 8"),
+        (
+            "too many pictures",
+            with(&|b| {
+                let part = b["messages"][0]["content"][0].clone();
+                b["messages"][0]["content"] = json!(vec![part; 9]);
+            }),
+            400,
+            "more than 8",
+        ),
     ];
     for (what, body, status, says) in cases {
         let (found, answer) = server.chat(&body);
@@ -186,15 +211,23 @@ fn refuses_what_it_cannot_answer_in_openais_shape() {
 #[test]
 fn the_official_python_client_gets_answers() {
     let python = std::env::var("RADAPT_PYTHON").unwrap_or_else(|_| "python3".into());
-    let there = Command::new(&python).args(["-c", "import openai"]).output().is_ok_and(|output| output.status.success());
+    let there = Command::new(&python)
+        .args(["-c", "import openai"])
+        .output()
+        .is_ok_and(|output| output.status.success());
     if !there {
-        eprintln!("SKIPPED: `{python}` has no `openai` package; set RADAPT_PYTHON to one that has (pip install openai)");
+        eprintln!(
+            "SKIPPED: `{python}` has no `openai` package; set RADAPT_PYTHON to one that has (pip install openai)"
+        );
         return;
     }
     let server = Server::start(&["--anchor", "training-free"]);
     let output = Command::new(&python)
         .arg(path("openai/ask.py"))
-        .args([&format!("http://{}/v1", server.address), &path("llava/pictures/wide.png").display().to_string()])
+        .args([
+            &format!("http://{}/v1", server.address),
+            &path("llava/pictures/wide.png").display().to_string(),
+        ])
         .output()
         .expect("python runs");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -86,14 +86,18 @@ pub fn main() -> ExitCode {
 }
 
 fn logging(global: &Global) {
-    let level = match (global.quiet, global.verbose) {
-        (true, _) => "error",
-        (false, 0) => "warn",
-        (false, 1) => "info",
-        (false, _) => "debug",
+    let level = match global.verbose {
+        // mistral.rs logs what it also returns as an error, which is then ours to report.
+        0 => "warn,mistralrs_core=off,mistralrs_quant=off",
+        1 => "info",
+        _ => "debug",
     };
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| level.into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
 }
 
 /// One line, and a hint where there is one.
@@ -114,6 +118,7 @@ fn report(error: &anyhow::Error) -> ExitCode {
 
 impl Global {
     /// A line about what happens, unless quiet.
+    #[cfg(feature = "engine")]
     fn say(&self, line: impl std::fmt::Display) {
         if !self.quiet {
             eprintln!("{line}");

@@ -2,8 +2,11 @@
 
 use candle_core::{DType, Device};
 use clap::{Args, ValueEnum};
+#[cfg(feature = "engine")]
 use radapt::defense::{AnchorChoice, DefenseOptions};
-use radapt::image::{Contract, DecodeLimits};
+use radapt::image::Contract;
+#[cfg(feature = "engine")]
+use radapt::image::DecodeLimits;
 use radapt::model::{Lookup, Model};
 use radapt::{Error, Result};
 
@@ -78,6 +81,7 @@ pub fn argument(what: &str, expected: &str, found: &str) -> Error {
 }
 
 /// What is put into the tower.
+#[cfg(feature = "engine")]
 #[derive(Args, Clone)]
 #[command(next_help_heading = "Defence")]
 pub struct DefenseFlags {
@@ -105,6 +109,7 @@ pub struct DefenseFlags {
     allow_mismatch: bool,
 }
 
+#[cfg(feature = "engine")]
 impl DefenseFlags {
     pub fn options(&self) -> DefenseOptions {
         DefenseOptions {
@@ -123,6 +128,7 @@ impl DefenseFlags {
 }
 
 /// Limits on every picture that comes in.
+#[cfg(feature = "engine")]
 #[derive(Args, Clone)]
 #[command(next_help_heading = "Picture limits")]
 pub struct PictureLimits {
@@ -137,6 +143,7 @@ pub struct PictureLimits {
     max_image_memory: u64,
 }
 
+#[cfg(feature = "engine")]
 impl PictureLimits {
     pub fn limits(&self) -> DecodeLimits {
         DecodeLimits {

@@ -170,7 +170,8 @@ impl std::fmt::Display for DefenseSummary {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut parts = Vec::new();
         if let Some(cutoff) = self.cutoff {
-            parts.push(format!("GIF (cutoff {cutoff})"));
+            // Enough digits to tell two settings apart.
+            parts.push(format!("GIF (cutoff {})", (cutoff * 1e4).round() / 1e4));
         }
         if let (Some(alpha), Some(beta)) = (self.alpha, self.beta) {
             let anchor = self.anchor.as_deref().unwrap_or("unnamed");

@@ -11,17 +11,17 @@ use tempfile::TempDir;
 use crate::model::{Model, ModelKind};
 use crate::{Error, Result};
 
-/// Writes `config.json` and `preprocessor_config.json` for the engine.
+/// Writes `config.json`, as [`translate`] makes it, and `preprocessor_config.json` for the engine.
 ///
 /// # Errors
-/// If the model needs something the engine would silently get wrong.
-pub fn stage(model: &Model) -> Result<TempDir> {
+/// If the folder for temporary files cannot be written to.
+pub fn stage(model: &Model, config: &Value) -> Result<TempDir> {
     let folder = tempfile::tempdir().map_err(|e| Error::write(std::env::temp_dir(), e))?;
     let write = |name: &str, value: &Value| {
         let path = folder.path().join(name);
         std::fs::write(&path, value.to_string()).map_err(|e| Error::write(&path, e))
     };
-    write("config.json", &translate(model)?)?;
+    write("config.json", config)?;
     let size = model.tower_config()?.image_size;
     write(
         "preprocessor_config.json",
@@ -42,7 +42,10 @@ pub fn stage(model: &Model) -> Result<TempDir> {
 
 /// `config.json` with every value spelt out that mistral.rs needs, has another default for, or
 /// looks for under its transformers 4 name.
-fn translate(model: &Model) -> Result<Value> {
+///
+/// # Errors
+/// If the model needs something the engine would silently get wrong.
+pub fn translate(model: &Model) -> Result<Value> {
     let path = model.file("config.json");
     let fail = |reason: String| Error::config(&path, reason);
     let mut config = model.config.as_object().cloned().unwrap_or_default();

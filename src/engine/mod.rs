@@ -7,6 +7,7 @@
 mod config;
 mod generate;
 mod tower;
+mod weights;
 
 pub use generate::{Answer, Piece, Role, Sampling, Turn};
 
@@ -132,7 +133,9 @@ fn load(model: Model, options: EngineOptions) -> Result<Loaded> {
     let preprocess = model.preprocess(options.contract)?;
     let checkpoint = model.checkpoint()?;
     let isq = options.isq.as_deref().map(|isq| parse_isq(isq, &options.device)).transpose()?;
-    let staged = config::stage(&model)?;
+    let config = config::translate(&model)?;
+    weights::check(&checkpoint, model.kind, &config)?;
+    let staged = config::stage(&model, &config)?;
     let supplier = Arc::new(Supplier::new(&model, &preprocess, &checkpoint, options.defense)?);
     let paths: Box<dyn ModelPaths> = Box::new(LocalModelPaths {
         tokenizer_filename: needed(&model, "tokenizer.json")?,

@@ -6,6 +6,7 @@ use candle_core::{DType, Tensor};
 use mistralrs_core::vision_tower::{Encoded, Resize, SuppliedTower, TowerRequest, VisionTowerSupplier};
 use mistralrs_quant::ShardedVarBuilder;
 
+use super::weights::upstream_name;
 use crate::defense::{Defense, DefenseOptions};
 use crate::image::{Filter, Preprocess, resize};
 use crate::model::Model;
@@ -105,26 +106,6 @@ impl VisionTowerSupplier for Supplier {
 
     fn rename(&self) -> Option<Arc<dyn Fn(&str) -> String + Send + Sync>> {
         self.renamed.then(|| Arc::new(|name: &str| upstream_name(name)) as _)
-    }
-}
-
-/// The name mistral.rs 0.8.1 looks for, from any of the layouts LLaVA is saved in: transformers 4
-/// (unchanged), transformers 5 in memory (`model.language_model.`, `model.vision_tower.`,
-/// `lm_head.`), and as transformers 5 saves a model it has made (`vision_tower.embeddings.`).
-fn upstream_name(stored: &str) -> String {
-    const PARTS: [&str; 4] = ["vision_tower.", "multi_modal_projector.", "language_model.", "image_newline"];
-    let bare = stored.strip_prefix("model.").filter(|rest| PARTS.iter().any(|part| rest.starts_with(part)));
-    let name = match bare {
-        Some(rest) => match rest.strip_prefix("language_model.") {
-            Some(layer) => format!("language_model.model.{layer}"),
-            None => rest.to_string(),
-        },
-        None if stored.starts_with("lm_head.") => format!("language_model.{stored}"),
-        None => stored.to_string(),
-    };
-    match name.strip_prefix("vision_tower.") {
-        Some(rest) if !rest.starts_with("vision_model.") => format!("vision_tower.vision_model.{rest}"),
-        _ => name,
     }
 }
 

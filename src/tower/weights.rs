@@ -63,6 +63,11 @@ impl Checkpoint {
         Ok(Self { folder, label, files, tensors, names })
     }
 
+    /// What errors name: the index file of a sharded checkpoint, or its only file.
+    pub fn label(&self) -> &Path {
+        &self.label
+    }
+
     /// The folder the files lie in.
     pub fn folder(&self) -> &Path {
         &self.folder
