@@ -110,6 +110,9 @@ pub enum Error {
     /// Something this build or this model does not support.
     #[error("{0}")]
     Unsupported(String),
+    /// The language model cannot take this conversation.
+    #[error("conversation: {0}")]
+    Conversation(String),
     /// The language model's engine failed.
     #[error("engine: {0}")]
     Engine(String),

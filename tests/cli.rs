@@ -342,6 +342,29 @@ mod chat {
     }
 
     #[test]
+    fn more_pictures_than_the_model_takes_are_an_error() {
+        let model = path("llava_next/model").display().to_string();
+        let output = radapt(&[
+            "chat",
+            "--model",
+            &model,
+            "--image",
+            &picture("wide"),
+            "--image",
+            &picture("tall"),
+            "-q",
+            "What is it?",
+        ]);
+        assert_eq!(output.status.code(), Some(2), "{}", text(&output.stderr));
+        assert!(
+            text(&output.stderr).starts_with("error: pictures: expected at most 1"),
+            "{}",
+            text(&output.stderr)
+        );
+        assert!(output.stdout.is_empty());
+    }
+
+    #[test]
     fn broken_input_is_one_clear_line() {
         let root = tempfile::tempdir().expect("a folder");
         let at = |name: &str| root.path().join(name).display().to_string();

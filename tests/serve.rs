@@ -208,6 +208,31 @@ fn refuses_what_it_cannot_answer_in_openais_shape() {
     assert_eq!(server.chat(&good).0, 200);
 }
 
+/// The tiny model has 512 positions.
+#[test]
+fn conversations_longer_than_the_model_end_and_leave_the_server_running() {
+    let server = Server::start(&["--anchor", "none"]);
+    let text = |words: usize| json!({ "model": "tiny", "max_tokens": 1000, "messages": [{ "role": "user", "content": "word ".repeat(words) }] });
+    let (status, answer) = server.chat(&text(2000));
+    assert!((400..500).contains(&status), "{status}: {answer}");
+    assert!(
+        answer["error"]["message"].as_str().is_some_and(|m| m.contains("length") || m.contains("long")),
+        "{answer}"
+    );
+    // Short as text, too long with the pictures' tokens.
+    let mut pictures = question(&data_url("llava/pictures/wide.png"));
+    let part = pictures["messages"][0]["content"][0].clone();
+    pictures["messages"] = json!(vec![json!({ "role": "user", "content": vec![part; 8] }); 1]);
+    let mut longer = pictures.clone();
+    longer["messages"] = json!([pictures["messages"][0], { "role": "assistant", "content": "word ".repeat(70) }, { "role": "user", "content": "word ".repeat(70) }]);
+    let (status, answer) = server.chat(&longer);
+    assert_eq!(status, 400, "{answer}");
+    assert!(answer["error"]["message"].as_str().is_some_and(|m| m.contains("with its picture")), "{answer}");
+    let (status, answer) = server.chat(&text(3));
+    assert_eq!((status, &answer["choices"][0]["finish_reason"]), (200, &json!("length")), "{answer}");
+    assert_eq!(server.chat(&question(&data_url("llava/pictures/wide.png"))).0, 200);
+}
+
 #[test]
 fn the_official_python_client_gets_answers() {
     let python = std::env::var("RADAPT_PYTHON").unwrap_or_else(|_| "python3".into());

@@ -3,8 +3,6 @@
 //! The published source is fetched, checked and patched by `build.rs`; nothing of it is kept
 //! in this repository. `../README.md` says hunk by hunk what is changed and why.
 
-// Upstream's own crate-level lints, which an included file cannot carry.
-#![deny(clippy::cast_possible_truncation, clippy::cast_precision_loss)]
 // Upstream calls its own exported macros by absolute path; from an included file rustc takes
 // them for macro-expanded ones.
 #![allow(macro_expanded_macro_exports_accessed_by_absolute_paths)]

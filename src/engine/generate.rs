@@ -276,9 +276,19 @@ fn recorder(record: Arc<Mutex<Recorded>>) -> Arc<dyn CustomLogitsProcessor> {
 }
 
 fn failure(response: Response) -> Error {
-    Error::Engine(match response {
-        Response::ValidationError(error) | Response::InternalError(error) => error.to_string(),
-        Response::ModelError(message, _) => message,
-        _ => "an answer of another kind than asked for".into(),
-    })
+    match response {
+        Response::ValidationError(error) => {
+            let reason = error.to_string();
+            // The rest is advice for mistral.rs' own users.
+            Error::Conversation(reason.split(", perhaps").next().unwrap_or_default().to_lowercase())
+        }
+        Response::InternalError(error) => Error::Engine(super::first_line(&error.to_string())),
+        // As our patch of the input processors words it.
+        Response::ModelError(message, _) if message.starts_with("the prompt has") => {
+            Error::Conversation(super::first_line(&message))
+        }
+        // A backtrace may follow.
+        Response::ModelError(message, _) => Error::Engine(super::first_line(&message)),
+        _ => Error::Engine("an answer of another kind than asked for".into()),
+    }
 }

@@ -45,7 +45,9 @@ impl From<Error> for ApiError {
     fn from(error: Error) -> Self {
         let status = match error {
             Error::PictureTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
-            Error::Picture { .. } | Error::Argument { .. } => StatusCode::BAD_REQUEST,
+            Error::Picture { .. } | Error::Argument { .. } | Error::Conversation(_) => {
+                StatusCode::BAD_REQUEST
+            }
             _ => StatusCode::INTERNAL_SERVER_ERROR,
         };
         Self::new(status, error.to_string(), None)

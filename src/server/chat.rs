@@ -30,14 +30,20 @@ pub async fn completions(
     }
     let sampling = sampling(&request, &served)?;
     let (stream, usage) = (request.stream, request.stream_options.as_ref().is_some_and(|o| o.include_usage));
-    let (limits, most) = (served.options.limits.clone(), served.options.max_pictures);
+    let (limits, most) = (served.options.limits, served.options.max_pictures);
     // Decoding takes milliseconds of a core and must not hold up other connections.
     let turns = tokio::task::spawn_blocking(move || turns(request.messages, &limits, most))
         .await
         .map_err(|e| crate::Error::Engine(e.to_string()))??;
     let id = format!("chatcmpl-{}", uuid::Uuid::new_v4().simple());
     if stream {
-        let pieces = served.engine.stream(&turns, &sampling).await?;
+        let mut pieces = Box::pin(served.engine.stream(&turns, &sampling).await?);
+        // What cannot be answered at all is an error with its status, not an event.
+        let first = match pieces.next().await {
+            Some(first) => first?,
+            None => return Err(crate::Error::Engine("an empty answer".into()).into()),
+        };
+        let pieces = futures::stream::once(async { Ok(first) }).chain(pieces);
         let events = events(pieces, id, served.options.name.clone(), usage);
         return Ok(Sse::new(events).keep_alive(KeepAlive::default()).into_response());
     }
