@@ -219,13 +219,16 @@ fn conversations_longer_than_the_model_end_and_leave_the_server_running() {
         answer["error"]["message"].as_str().is_some_and(|m| m.contains("length") || m.contains("long")),
         "{answer}"
     );
-    // Short as text, too long with the pictures' tokens.
-    let mut pictures = question(&data_url("llava/pictures/wide.png"));
-    let part = pictures["messages"][0]["content"][0].clone();
-    pictures["messages"] = json!(vec![json!({ "role": "user", "content": vec![part; 8] }); 1]);
-    let mut longer = pictures.clone();
-    longer["messages"] = json!([pictures["messages"][0], { "role": "assistant", "content": "word ".repeat(70) }, { "role": "user", "content": "word ".repeat(70) }]);
-    let (status, answer) = server.chat(&longer);
+    // Some 400 tokens of text fit, and do not with the 200 of eight pictures.
+    let mut short = text(30);
+    short["max_tokens"] = json!(1);
+    let per_word = server.chat(&short).1["usage"]["prompt_tokens"].as_u64().expect("a count") as usize / 30;
+    let words = "word ".repeat(400 / per_word);
+    let picture = question(&data_url("llava/pictures/wide.png"))["messages"][0]["content"][0].clone();
+    let mut pictures = text(0);
+    pictures["messages"][0]["content"] =
+        json!([vec![picture; 8], vec![json!({ "type": "text", "text": words })]].concat());
+    let (status, answer) = server.chat(&pictures);
     assert_eq!(status, 400, "{answer}");
     assert!(answer["error"]["message"].as_str().is_some_and(|m| m.contains("with its picture")), "{answer}");
     let (status, answer) = server.chat(&text(3));

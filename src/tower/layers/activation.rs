@@ -1,5 +1,6 @@
 use candle_core::Tensor;
 
+use super::fused;
 use crate::{Error, Result};
 
 /// The activation between the two products of a block's MLP, as `hidden_act` names it.
@@ -37,6 +38,7 @@ impl Activation {
     /// Elementwise, any shape.
     pub fn forward(self, x: &Tensor) -> Result<Tensor> {
         Ok(match self {
+            Self::QuickGelu if fused::applies(x) => fused::quick_gelu(x)?,
             Self::QuickGelu => (x * candle_nn::ops::sigmoid(&(x * QUICK)?)?)?,
             Self::Gelu => x.gelu_erf()?,
             Self::GeluTanh => x.gelu()?,
@@ -45,6 +47,9 @@ impl Activation {
 
     /// The gradient at the output to that at the input `x`, of the same shape.
     pub fn vjp(self, x: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+        if self == Self::QuickGelu && fused::applies(x) && fused::applies(gradient) {
+            return fused::quick_gelu_vjp(x, gradient);
+        }
         Ok((gradient * self.derivative(x)?)?)
     }
 

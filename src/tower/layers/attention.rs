@@ -1,6 +1,6 @@
 use candle_core::{D, Tensor};
 
-use super::Linear;
+use super::{Linear, fused};
 use crate::Result;
 
 /// Multi-head self-attention with an output projection, no mask.
@@ -72,9 +72,15 @@ impl Attention {
             let p = probabilities(&q, &k)?;
             let gradient_v = p.t()?.matmul(&context)?;
             // Through the softmax: P (dP - sum(dP P)).
-            let weighted = (&p * context.matmul(&v.t()?)?)?;
-            let along = weighted.sum_keepdim(D::Minus1)?;
-            let scores = (weighted - p.broadcast_mul(&along)?)?;
+            let scores = context.matmul(&v.t()?)?;
+            let scores = if fused::applies(&scores) && fused::applies(&p) {
+                fused::softmax_vjp(&scores, &p)?;
+                scores
+            } else {
+                let weighted = (&p * scores)?;
+                let along = weighted.sum_keepdim(D::Minus1)?;
+                (weighted - p.broadcast_mul(&along)?)?
+            };
             let gradient_q = (scores.matmul(&k)? * self.scale(width))?;
             Ok([gradient_q, scores.t()?.matmul(&q)?, gradient_v])
         })?;
@@ -86,8 +92,13 @@ impl Attention {
 
 /// softmax(q k^T), `(B h, N, N)`.
 fn probabilities(q: &Tensor, k: &Tensor) -> Result<Tensor> {
-    // Fused, without a backward of candle's; `vjp` does not need one.
-    Ok(candle_nn::ops::softmax_last_dim(&q.matmul(&k.t()?)?)?)
+    let scores = q.matmul(&k.t()?)?;
+    if fused::applies(&scores) {
+        fused::softmax(&scores)?;
+        return Ok(scores);
+    }
+    // Without a backward of candle's; `vjp` does not need one.
+    Ok(candle_nn::ops::softmax_last_dim(&scores)?)
 }
 
 /// Scores held at once on a CPU, 4 MiB of f32: what fits its caches, and what its allocator keeps

@@ -1,6 +1,6 @@
 use candle_core::Tensor;
 
-use super::compute_dtype;
+use super::{compute_dtype, fused};
 use crate::Result;
 
 /// `y = x W^T + b`, W of shape `(out, in)`.
@@ -43,10 +43,13 @@ impl Linear {
     /// `(..., in)` to `(..., out)`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let y = product(x, &self.compute(&self.weight)?.t()?)?;
-        match &self.bias {
-            Some(bias) => Ok(y.broadcast_add(&self.compute(bias)?)?),
-            None => Ok(y),
+        let Some(bias) = &self.bias else { return Ok(y) };
+        let bias = self.compute(bias)?;
+        if fused::applies(&y) && fused::applies(&bias) {
+            fused::add_bias(&y, &bias)?;
+            return Ok(y);
         }
+        Ok(y.broadcast_add(&bias)?)
     }
 
     /// The gradient `(..., out)` at the output to that at the input, `(..., in)`.

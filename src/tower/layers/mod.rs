@@ -6,6 +6,7 @@
 
 mod activation;
 mod attention;
+mod fused;
 mod linear;
 mod norm;
 

@@ -1,5 +1,6 @@
 use candle_core::{D, DType, Tensor};
 
+use super::fused;
 use crate::Result;
 
 /// Layer normalisation over the last dimension, with weight and bias.
@@ -43,13 +44,17 @@ impl LayerNorm {
     /// With x^ = (x - mean) / s and g' = g w:  (g' - mean(g') - x^ mean(g' x^)) / s.
     pub fn vjp(&self, x: &Tensor, gradient: &Tensor) -> Result<Tensor> {
         let dtype = x.dtype();
+        let weight = self.weight.to_dtype(DType::F32)?;
+        if [x, gradient, &weight].into_iter().all(fused::applies) {
+            return fused::norm_vjp(x, gradient, &weight, self.eps);
+        }
         // Half precision has too few bits for the two means.
         let (x, gradient) = (x.to_dtype(DType::F32)?, gradient.to_dtype(DType::F32)?);
         let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
         let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
         let scale = (variance + self.eps)?.sqrt()?.recip()?;
         let normal = centred.broadcast_mul(&scale)?;
-        let weighted = gradient.broadcast_mul(&self.weight.to_dtype(DType::F32)?)?;
+        let weighted = gradient.broadcast_mul(&weight)?;
         let along = (&weighted * &normal)?.mean_keepdim(D::Minus1)?;
         let flat = weighted.mean_keepdim(D::Minus1)?;
         let inner = weighted.broadcast_sub(&flat)?.sub(&normal.broadcast_mul(&along)?)?;
