@@ -118,9 +118,7 @@ impl Check {
     fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
         let anchor = defense::Anchor::load(&self.file)?;
         let model = self.model.find()?;
-        let preprocess = model.preprocess(self.model.contract)?;
-        let tower = model.tower(&preprocess, self.model.dtype(), &self.model.device()?)?;
-        let checked = anchor.check(tower.spec(), &model.fingerprint()?, self.allow_mismatch);
+        let checked = anchor.check(&model.tower_config()?.spec(), &model.fingerprint()?, self.allow_mismatch);
         let mut json = fields(&anchor)?;
         let reason = match &checked {
             Ok(()) => None,

@@ -32,10 +32,10 @@ pub struct Chat {
     #[command(flatten)]
     limits: PictureLimits,
     /// The most tokens an answer may have
-    #[arg(long, value_name = "N", default_value_t = 256)]
+    #[arg(long, value_name = "N", default_value_t = 256, help_heading = "Answer")]
     max_tokens: usize,
     /// Quantise the language model as it is loaded (q4k, q8_0, 4, 8, ...)
-    #[arg(long, value_name = "TYPE")]
+    #[arg(long, value_name = "TYPE", help_heading = "Answer")]
     isq: Option<String>,
 }
 

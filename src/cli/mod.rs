@@ -37,7 +37,7 @@ struct Global {
     /// Print one JSON document on stdout
     #[arg(long, global = true)]
     json: bool,
-    /// Print errors alone
+    /// Print data and errors alone
     #[arg(short, long, global = true)]
     quiet: bool,
     /// Print more of what happens; twice for everything

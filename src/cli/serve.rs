@@ -25,16 +25,16 @@ pub struct Serve {
     #[command(flatten)]
     limits: PictureLimits,
     /// The model's name in the API; its Hub id or folder name where not given
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", help_heading = "Answer")]
     name: Option<String>,
     /// The most tokens an answer may have
-    #[arg(long, value_name = "N", default_value_t = 1024)]
+    #[arg(long, value_name = "N", default_value_t = 1024, help_heading = "Answer")]
     max_tokens: usize,
     /// The most pictures a request may have
-    #[arg(long, value_name = "N", default_value_t = 8)]
+    #[arg(long, value_name = "N", default_value_t = 8, help_heading = "Picture limits")]
     max_pictures: usize,
     /// Quantise the language model as it is loaded (q4k, q8_0, 4, 8, ...)
-    #[arg(long, value_name = "TYPE")]
+    #[arg(long, value_name = "TYPE", help_heading = "Answer")]
     isq: Option<String>,
 }
 

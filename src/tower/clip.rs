@@ -84,6 +84,22 @@ impl ClipConfig {
         Ok(config)
     }
 
+    /// The shapes of the tower this describes, whose checkpoint is taken to have no projection.
+    pub fn spec(&self) -> TowerSpec {
+        let side = self.image_size / self.patch_size.max(1);
+        TowerSpec {
+            family: "clip",
+            image_size: self.image_size,
+            patch_size: self.patch_size,
+            grid: (side, side),
+            class_token: true,
+            hidden: self.hidden_size,
+            blocks: self.num_hidden_layers,
+            heads: self.num_attention_heads,
+            projection: None,
+        }
+    }
+
     fn check(&self, file: &Path) -> Result<()> {
         let sizes = [
             ("hidden_size", self.hidden_size),
@@ -225,17 +241,7 @@ impl Clip {
             .map(|weight| Linear::new(weight, None));
         let channel = |values: [f32; 3]| Tensor::new(&values, &device)?.reshape((1, 3, 1, 1));
         Ok(Self {
-            spec: TowerSpec {
-                family: "clip",
-                image_size: config.image_size,
-                patch_size: p,
-                grid: (side, side),
-                class_token: true,
-                hidden: d,
-                blocks: config.num_hidden_layers,
-                heads: config.num_attention_heads,
-                projection: projection.as_ref().map(Linear::out_features),
-            },
+            spec: TowerSpec { projection: projection.as_ref().map(Linear::out_features), ..config.spec() },
             dtype,
             activation: Activation::from_config(&config.hidden_act)?,
             mean: channel(mean)?,
