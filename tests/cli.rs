@@ -53,21 +53,6 @@ fn copy(from: &str, to: &Path) {
     }
 }
 
-/// A copy of the tiny LLaVA, changed by `change`.
-fn model(root: &Path, name: &str, change: impl FnOnce(&Path)) -> String {
-    let folder = root.join(name);
-    std::fs::create_dir(&folder).expect("a folder");
-    copy("llava/v4", &folder);
-    change(&folder);
-    folder.display().to_string()
-}
-
-fn edit_json(file: &Path, change: impl FnOnce(&mut Value)) {
-    let mut value: Value = serde_json::from_slice(&std::fs::read(file).expect("a file")).expect("JSON");
-    change(&mut value);
-    std::fs::write(file, value.to_string()).expect("written");
-}
-
 /// Rewrites the header of a safetensors file.
 fn edit_header(file: &Path, change: impl FnOnce(&mut Value)) {
     let bytes = std::fs::read(file).expect("a file");
@@ -245,6 +230,21 @@ fn broken_anchors_are_one_clear_line() {
 #[cfg(feature = "engine")]
 mod chat {
     use super::*;
+
+    /// A copy of the tiny LLaVA, changed by `change`.
+    fn model(root: &Path, name: &str, change: impl FnOnce(&Path)) -> String {
+        let folder = root.join(name);
+        std::fs::create_dir(&folder).expect("a folder");
+        copy("llava/v4", &folder);
+        change(&folder);
+        folder.display().to_string()
+    }
+
+    fn edit_json(file: &Path, change: impl FnOnce(&mut Value)) {
+        let mut value: Value = serde_json::from_slice(&std::fs::read(file).expect("a file")).expect("JSON");
+        change(&mut value);
+        std::fs::write(file, value.to_string()).expect("written");
+    }
 
     fn picture(name: &str) -> String {
         path(&format!("llava/pictures/{name}.png")).display().to_string()
