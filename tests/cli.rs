@@ -332,13 +332,16 @@ mod chat {
             .stderr(Stdio::piped())
             .spawn()
             .expect("the command runs");
-        let script =
-            "What is in the picture?\n/image /no/such/file\nWhat is in the picture?\n/reset\nHello\n/quit\n";
+        let long = "word ".repeat(900);
+        let script = format!(
+            "What is in the picture?\n/image /no/such/file\n{long}\nWhat is in the picture?\n/reset\nHello\n/quit\n"
+        );
         child.stdin.take().expect("a pipe").write_all(script.as_bytes()).expect("written");
         let output = child.wait_with_output().expect("it ends");
         assert!(output.status.success(), "{}", text(&output.stderr));
         assert_eq!(text(&output.stdout).lines().count(), 3, "{}", text(&output.stdout));
-        assert!(text(&output.stderr).contains("/no/such/file"), "{}", text(&output.stderr));
+        let stderr = text(&output.stderr);
+        assert!(stderr.contains("/no/such/file") && stderr.contains("greater than 512"), "{stderr}");
     }
 
     #[test]
@@ -531,6 +534,7 @@ mod chat {
             ("cutoff without the filter", &["--no-gif", "--cutoff", "9"], "--no-gif"),
             ("no tokens", &["--max-tokens", "0"], "--max-tokens"),
             ("dtype", &["--dtype", "int3"], "--dtype"),
+            ("bf16 on a CPU", &["--dtype", "bf16"], "f32 or f16"),
         ] {
             ask(what, &good, extra, 2, says);
         }

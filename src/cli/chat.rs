@@ -180,9 +180,16 @@ async fn converse(
             _ => {
                 next.text = line.to_string();
                 turns.push(next);
-                let text = answer(engine, &turns, sampling).await?;
-                turns.push(Turn::text(Role::Assistant, text));
                 next = Turn::text(Role::User, "");
+                match answer(engine, &turns, sampling).await {
+                    Ok(text) => turns.push(Turn::text(Role::Assistant, text)),
+                    // What came before stands; a question that is too long is forgotten.
+                    Err(error) if error.downcast_ref::<radapt::Error>().is_some() => {
+                        turns.pop();
+                        eprintln!("error: {error}");
+                    }
+                    Err(error) => return Err(error),
+                }
             }
         }
     }

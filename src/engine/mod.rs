@@ -155,6 +155,9 @@ fn load(model: Model, options: EngineOptions) -> Result<Loaded> {
     let dtype = match options.dtype {
         Some(DType::F32) => ModelDType::F32,
         Some(DType::F16) => ModelDType::F16,
+        Some(DType::BF16) if options.device.is_cpu() => {
+            return Err(Error::argument("--dtype", "f32 or f16 for a language model on a CPU", "bf16"));
+        }
         Some(DType::BF16) => ModelDType::BF16,
         Some(other) => return Err(Error::argument("--dtype", "f32, f16 or bf16", format!("{other:?}"))),
         None if options.device.is_cpu() => ModelDType::F32,
