@@ -12,7 +12,33 @@
 //!       -> features -> projector and language model (mistral.rs)
 //! ```
 //!
-//! Every step from the pixels on has its transpose, so a gradient walks the same corridor back.
+//! Every step from the pixels on has its transpose, so a gradient walks the same corridor back:
+//!
+//! ```
+//! use candle_core::{Device, Tensor};
+//! use radapt::defense::DefenseOptions;
+//! use radapt::model::{Lookup, Model};
+//! use radapt::tower::{Cotangent, VisionTower, Want, Wrt};
+//!
+//! # fn main() -> radapt::Result<()> {
+//! // A folder or a Hub id; this one is a tiny random CLIP.
+//! let model = Model::find("tests/fixtures/clip/v4", &Lookup::default())?;
+//! let preprocess = model.preprocess(None)?;
+//! let tower = model.tower(&preprocess, None, &Device::Cpu)?;
+//! // GIF and a training-free anchor.
+//! let defense = DefenseOptions::default().build(&tower, || model.fingerprint())?;
+//! let tower = tower.with(defense.inserts());
+//!
+//! let pixels = preprocess.batch(&[image::RgbImage::new(30, 20)], &Device::Cpu)?;
+//! let (features, tape) = tower.forward_tape(&pixels, &Want::pooled())?;
+//! let embeds = features.embeds.expect("this checkpoint has a projection");
+//! // The gradient of the sum of the embedding's entries.
+//! let cotangent = Cotangent { embeds: Some(Tensor::ones_like(&embeds)?), ..Default::default() };
+//! let gradients = tower.vjp(&tape, &cotangent, Wrt { pixels: true, anchor: true })?;
+//! assert_eq!(gradients.pixels.expect("asked for").dims(), pixels.dims());
+//! # Ok(())
+//! # }
+//! ```
 //!
 //! Without the `engine` feature (on by default) the library builds without mistral.rs: pictures,
 //! towers with gradients, the defence and anchors.

@@ -136,15 +136,15 @@ impl Model {
         Checkpoint::open(&self.folder)
     }
 
-    /// Loads its vision tower, undefended. `dtype` is what the weights are held in, as stored
-    /// where not given.
+    /// Loads its vision tower, undefended. `dtype` is what the weights are held in; where not given
+    /// f32 on a CPU, which would widen half precision each time it is used, and as stored elsewhere.
     ///
     /// # Errors
     /// If the configuration or a weight is missing or wrong.
     pub fn tower(&self, preprocess: &Preprocess, dtype: Option<DType>, device: &Device) -> Result<Clip> {
         let checkpoint = self.checkpoint()?;
         let tower = Clip::load(&checkpoint, &self.tower_config()?, preprocess.mean, preprocess.std, device)?;
-        match dtype {
+        match dtype.or(device.is_cpu().then_some(DType::F32)) {
             Some(dtype) => tower.to_dtype(dtype),
             None => Ok(tower),
         }

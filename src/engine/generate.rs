@@ -208,7 +208,9 @@ impl Engine {
                 reasoning_effort: None,
             }
         };
-        let (responder, responses) = channel(64);
+        // Room for a piece per token: the engine waits on a full channel, and with it every other
+        // conversation would wait for one slow reader.
+        let (responder, responses) = channel(sampling.max_tokens.saturating_add(16).min(1 << 16));
         let request = NormalRequest {
             messages,
             sampling_params: SamplingParams {
