@@ -202,6 +202,11 @@ fn refuses_what_it_cannot_answer_in_openais_shape() {
         let message = answer["error"]["message"].as_str().unwrap_or_else(|| panic!("{what}: {answer}"));
         assert!(message.contains(says), "{what}: {message}");
     }
+    let small = Server::start(&["--max-image-bytes", "1000"]);
+    let body = with(&|b| b["messages"][0]["content"][1]["text"] = json!("word ".repeat(1 << 19)));
+    let (status, answer) = small.chat(&body);
+    assert_eq!(status, 413, "{answer}");
+    assert!(answer["error"]["message"].is_string(), "{answer}");
     assert_eq!(server.request("GET", "/nothing", "").0, 404);
     assert_eq!(server.request("GET", "/v1/chat/completions", "").0, 405);
     // And it still answers.

@@ -56,10 +56,9 @@ impl Serve {
         let folder = std::path::Path::new(given).canonicalize().ok();
         let short = folder.as_deref().and_then(|f| f.file_name()).map(|f| f.to_string_lossy().into_owned());
         let name = self.name.or(short).unwrap_or_else(|| given.clone());
-        let pictures = u64::try_from(self.max_pictures)?;
-        // Base64 takes four bytes for three, and a conversation some text.
-        let max_body = usize::try_from(limits.max_bytes.saturating_mul(pictures).saturating_mul(4) / 3)?
-            .saturating_add(1 << 20);
+        // One picture at its limit in base64, which takes four bytes for three, and a conversation;
+        // or several smaller ones.
+        let max_body = usize::try_from(limits.max_bytes.saturating_mul(2))?.saturating_add(1 << 20);
         let options = ServerOptions {
             name: name.clone(),
             limits,
