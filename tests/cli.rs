@@ -368,6 +368,17 @@ mod chat {
     }
 
     #[test]
+    fn the_picture_marker_as_text_is_an_error() {
+        let model = path("llava/v4").display().to_string();
+        fails(
+            "marker",
+            &["chat", "-q", "--model", &model, "What is <image>?"],
+            1,
+            "may not contain `<image>`",
+        );
+    }
+
+    #[test]
     fn broken_input_is_one_clear_line() {
         let root = tempfile::tempdir().expect("a folder");
         let at = |name: &str| root.path().join(name).display().to_string();
@@ -474,6 +485,16 @@ mod chat {
                 "feature layer",
                 broken("layer", &config(|c| c["vision_feature_layer"] = json!(-9))),
                 "vision_feature_layer",
+            ),
+            (
+                "layers without end",
+                broken("endless", &config(|c| c["text_config"]["num_hidden_layers"] = json!(1u64 << 40))),
+                "num_hidden_layers",
+            ),
+            (
+                "more layers than weights",
+                broken("deep", &config(|c| c["text_config"]["num_hidden_layers"] = json!(9_000_000))),
+                "layers.2.input_layernorm",
             ),
             (
                 "scaled rope",

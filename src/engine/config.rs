@@ -82,6 +82,9 @@ pub fn translate(model: &Model) -> Result<Value> {
     Ok(Value::Object(config))
 }
 
+/// Ten times the largest number in any model's configuration; what is larger is a mistake.
+const MAX_SIZE: u64 = 1 << 24;
+
 /// transformers' defaults of `LlamaConfig` and `MistralConfig`, which old LLaVA files rely on.
 fn translate_text(mut text: Map<String, Value>, path: &Path) -> Result<Map<String, Value>> {
     let fail = |reason: String| Error::config(path, format!("text_config.{reason}"));
@@ -109,9 +112,13 @@ fn translate_text(mut text: Map<String, Value>, path: &Path) -> Result<Map<Strin
         let value = text.get(key).cloned().unwrap_or_default();
         value
             .as_u64()
-            .filter(|&n| n > 0)
-            .ok_or_else(|| fail(format!("{key}: expected a positive number, found {value}")))
+            // The engine allocates by these before it sees a weight.
+            .filter(|n| (1..=MAX_SIZE).contains(n))
+            .ok_or_else(|| fail(format!("{key}: expected 1 to {MAX_SIZE}, found {value}")))
     };
+    for key in ["intermediate_size", "num_hidden_layers", "vocab_size"] {
+        size(key)?;
+    }
     let (hidden, heads) = (size("hidden_size")?, size("num_attention_heads")?);
     let kv_heads = if text.get("num_key_value_heads").is_none_or(Value::is_null) {
         if mistral { 8 } else { heads }

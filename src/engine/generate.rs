@@ -186,6 +186,10 @@ impl Engine {
         streaming: bool,
         record: Option<Arc<Mutex<Recorded>>>,
     ) -> Result<Receiver<Response>> {
+        // The marker stands for a picture; as text it would be taken for one.
+        if turns.iter().any(|turn| turn.text.contains("<image>")) {
+            return Err(Error::Conversation("the text may not contain `<image>`".into()));
+        }
         let pictures: Vec<DynamicImage> =
             turns.iter().flat_map(|turn| &turn.images).map(|image| self.prepare(image)).collect();
         if let Some(most) = self.max_pictures().filter(|&most| pictures.len() > most) {

@@ -59,10 +59,10 @@ pub fn check(checkpoint: &Checkpoint, kind: ModelKind, config: &Value) -> Result
         "mlp.down_proj",
     ];
     let layers = config["text_config"]["num_hidden_layers"].as_u64().unwrap_or_default();
-    for layer in 0..layers {
-        needed.extend(LAYER.map(|part| format!("language_model.model.layers.{layer}.{part}.weight")));
-    }
-    match needed.into_iter().find(|name| !names.contains(name)) {
+    // One at a time: a configuration may claim any number of layers, and the first missing one ends it.
+    let of_layers = (0..layers)
+        .flat_map(|layer| LAYER.map(|part| format!("language_model.model.layers.{layer}.{part}.weight")));
+    match needed.into_iter().chain(of_layers).find(|name| !names.contains(name)) {
         Some(name) => Err(Error::MissingWeight { file: checkpoint.label().to_path_buf(), name }),
         None => Ok(()),
     }

@@ -150,13 +150,6 @@ fn turns(messages: Vec<Message>, limits: &DecodeLimits, most: usize) -> Result<V
                 }
             }
         }
-        // The marker stands for a picture; as text it would be taken for one.
-        if turn.text.contains("<image>") {
-            return Err(ApiError::bad_request(
-                format!("{param}: the text may not contain `<image>`"),
-                &param,
-            ));
-        }
         turns.push(turn);
     }
     match turns.last() {

@@ -183,6 +183,16 @@ fn same_shape(a: &Layout, b: &Layout, op: &'static str) -> Candle<()> {
     if lhs == rhs { Ok(()) } else { Err(candle_core::Error::ShapeMismatchBinaryOp { lhs, rhs, op }.bt()) }
 }
 
+/// One row of `width` numbers that goes with every row of another tensor.
+fn row<'a>(storage: &'a CpuStorage, layout: &Layout, width: usize, op: &'static str) -> Candle<&'a [f32]> {
+    let values = slice(storage, layout)?;
+    if values.len() != width {
+        let (msg, got) = (op.to_string(), layout.shape().clone());
+        return Err(candle_core::Error::UnexpectedShape { msg, expected: width.into(), got }.bt());
+    }
+    Ok(values)
+}
+
 fn width(layout: &Layout) -> usize {
     layout.dims().last().copied().unwrap_or(1).max(1)
 }
@@ -234,15 +244,8 @@ impl InplaceOp2 for Bias {
         "bias"
     }
     fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Candle<()> {
-        let (width, bias) = (width(l1), slice(s2, l2)?);
-        if bias.len() != width {
-            return Err(candle_core::Error::UnexpectedShape {
-                msg: "bias".into(),
-                expected: width.into(),
-                got: l2.shape().clone(),
-            }
-            .bt());
-        }
+        let width = width(l1);
+        let bias = row(s2, l2, width, self.name())?;
         let rows = slice_mut(s1, l1)?.par_chunks_mut(width);
         rows.with_min_len(rows_per_task(width)).for_each(|row| bias_row(row, bias));
         Ok(())
@@ -321,16 +324,8 @@ impl CustomOp3 for NormVjp {
         l3: &Layout,
     ) -> Candle<(CpuStorage, Shape)> {
         same_shape(l1, l2, self.name())?;
-        let (x, gradient, weight) = (slice(s1, l1)?, slice(s2, l2)?, slice(s3, l3)?);
-        let width = width(l1);
-        if weight.len() != width {
-            return Err(candle_core::Error::UnexpectedShape {
-                msg: "norm weight".into(),
-                expected: width.into(),
-                got: l3.shape().clone(),
-            }
-            .bt());
-        }
+        let (x, gradient, width) = (slice(s1, l1)?, slice(s2, l2)?, width(l1));
+        let weight = row(s3, l3, width, self.name())?;
         let mut out = vec![0f32; x.len()];
         let rows = out.par_chunks_mut(width).zip(x.par_chunks(width)).zip(gradient.par_chunks(width));
         rows.with_min_len(rows_per_task(width))
