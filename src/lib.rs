@@ -50,6 +50,7 @@ pub mod engine;
 mod error;
 pub mod image;
 pub mod model;
+pub mod pocket;
 #[cfg(feature = "engine")]
 pub mod server;
 pub mod tower;
