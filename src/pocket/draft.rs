@@ -1,7 +1,8 @@
 //! Drafts: lists of vector shapes in an object's own coordinates, painted at any resolution.
 
 use tiny_skia::{
-    Color, FillRule, LineCap, LineJoin, Paint, Path, PathBuilder, Pixmap, PixmapPaint, Point, Rect, Stroke, Transform,
+    Color, FillRule, LineCap, LineJoin, Paint, Path, PathBuilder, Pixmap, PixmapPaint, Point, Rect, Stroke,
+    Transform,
 };
 
 use super::texture::Texture;

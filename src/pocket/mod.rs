@@ -69,7 +69,10 @@ pub struct Kind {
 
 impl std::fmt::Debug for Kind {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Kind").field("name", &self.name).field("category", &self.category).finish_non_exhaustive()
+        f.debug_struct("Kind")
+            .field("name", &self.name)
+            .field("category", &self.category)
+            .finish_non_exhaustive()
     }
 }
 
@@ -107,21 +110,49 @@ pub static KINDS: [Kind; 26] = [
     kind(("a", "banana"), "fruit", &[0, 1, 3], &["yellow", "green"], objects::banana),
     kind(("a", "strawberry"), "fruit", &[0, 1, 2], &["red"], objects::strawberry),
     kind(("a", "car"), "vehicle", &[5, 6, 7], &["red", "blue", "yellow", "white", "green"], objects::car),
-    kind(("a", "bus"), "vehicle", &[4, 6, 7], &["yellow", "red", "blue", "green"], objects::bus).never_mirrored(),
+    kind(("a", "bus"), "vehicle", &[4, 6, 7], &["yellow", "red", "blue", "green"], objects::bus)
+        .never_mirrored(),
     kind(("a", "sailboat"), "vehicle", &[4, 5, 7], &["white", "red", "blue", "orange"], objects::sailboat),
-    kind(("an", "airplane"), "vehicle", &[4, 5, 6], &["white", "red", "blue", "yellow"], objects::airplane).turned(40.0),
+    kind(("an", "airplane"), "vehicle", &[4, 5, 6], &["white", "red", "blue", "yellow"], objects::airplane)
+        .turned(40.0),
     kind(("a", "cat"), "animal", &[9, 10, 11], &["orange", "gray", "black", "white", "brown"], objects::cat),
     kind(("a", "fish"), "animal", &[8, 10, 11], &["orange", "blue", "yellow", "red"], objects::fish),
-    kind(("a", "butterfly"), "animal", &[8, 9, 11], &["orange", "blue", "yellow", "purple", "pink"], objects::butterfly),
+    kind(
+        ("a", "butterfly"),
+        "animal",
+        &[8, 9, 11],
+        &["orange", "blue", "yellow", "purple", "pink"],
+        objects::butterfly,
+    ),
     kind(("an", "owl"), "animal", &[8, 9, 10], &["brown", "gray", "white"], objects::owl),
-    kind(("a", "hammer"), "tool", &[13, 14, 15], &["red", "yellow", "blue", "brown"], objects::hammer).turned(20.0),
-    kind(("a pair of", "scissors"), "tool", &[12, 14, 15], &["red", "blue", "orange", "green"], objects::scissors).turned(20.0),
+    kind(("a", "hammer"), "tool", &[13, 14, 15], &["red", "yellow", "blue", "brown"], objects::hammer)
+        .turned(20.0),
+    kind(
+        ("a pair of", "scissors"),
+        "tool",
+        &[12, 14, 15],
+        &["red", "blue", "orange", "green"],
+        objects::scissors,
+    )
+    .turned(20.0),
     kind(("a", "key"), "tool", &[12, 13, 15], &["yellow", "gray", "brown"], objects::key).turned(25.0),
     kind(("a", "saw"), "tool", &[12, 13, 14], &["brown", "red", "blue", "orange"], objects::saw).turned(15.0),
     kind(("a", "mug"), HOUSEHOLD, &[17, 18, 19], &["white", "red", "blue", "green", "yellow"], objects::mug),
-    kind(("a", "teapot"), HOUSEHOLD, &[16, 18, 19], &["white", "blue", "red", "green", "pink"], objects::teapot),
+    kind(
+        ("a", "teapot"),
+        HOUSEHOLD,
+        &[16, 18, 19],
+        &["white", "blue", "red", "green", "pink"],
+        objects::teapot,
+    ),
     kind(("a", "lamp"), HOUSEHOLD, &[16, 17, 19], &["yellow", "red", "blue", "green"], objects::lamp),
-    kind(("a", "clock"), HOUSEHOLD, &[16, 17, 18], &["red", "blue", "black", "green", "orange"], objects::clock),
+    kind(
+        ("a", "clock"),
+        HOUSEHOLD,
+        &[16, 17, 18],
+        &["red", "blue", "black", "green", "orange"],
+        objects::clock,
+    ),
     kind(("a", "cactus"), "plant", &[21, 22], &["green"], objects::cactus),
     kind(("a", "sunflower"), "plant", &[20, 22], &["yellow"], objects::sunflower),
     kind(("a", "tree"), "plant", &[20, 21], &["green", "orange", "yellow", "red"], objects::tree),
@@ -259,5 +290,106 @@ impl Dice {
 
     fn seed(&mut self) -> u32 {
         self.0.next_u32()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    fn scene(split: Split, index: u64, size: u32) -> Scene {
+        draw(split, 3, index, size).expect("an allowed size")
+    }
+
+    #[test]
+    fn the_same_arguments_give_the_same_scene() {
+        for index in 0..40 {
+            assert_eq!(scene(Split::Train, index, 96), scene(Split::Train, index, 96));
+        }
+    }
+
+    #[test]
+    fn size_changes_the_resolution_alone() {
+        for index in 0..40 {
+            let (small, large) = (scene(Split::Train, index, 96), scene(Split::Train, index, 224));
+            for (a, b) in small.bbox.iter().zip(large.bbox) {
+                assert!((a / 96.0 - b / 224.0).abs() < 1e-3, "{:?} {:?}", small.bbox, large.bbox);
+            }
+            let blank = |scene: Scene| Scene { picture: image::RgbImage::default(), bbox: [0.0; 4], ..scene };
+            let mean =
+                |s: &Scene| s.picture.iter().map(|&v| f64::from(v)).sum::<f64>() / s.picture.len() as f64;
+            assert!((mean(&small) - mean(&large)).abs() < 3.0, "scene {index}");
+            assert_eq!(blank(small), blank(large));
+        }
+    }
+
+    #[test]
+    fn splits_and_seeds_differ() {
+        let mut seen = BTreeSet::new();
+        for split in [Split::Train, Split::Validation, Split::Test] {
+            for index in 0..30 {
+                assert!(seen.insert(scene(split, index, 96).picture.into_raw()));
+            }
+        }
+        assert!(seen.insert(draw(Split::Train, 4, 0, 96).expect("allowed").picture.into_raw()));
+    }
+
+    #[test]
+    fn other_sizes_are_refused() {
+        for size in [0, 95, 225, u32::MAX] {
+            assert!(matches!(draw(Split::Train, 0, 0, size), Err(Error::Argument { .. })));
+        }
+    }
+
+    #[test]
+    fn kinds_are_consistent() {
+        for (i, kind) in KINDS.iter().enumerate() {
+            assert!(kind.article.len() > 2 || kind.article == words::article(kind.name));
+            let same: Vec<_> = (0..26).filter(|&j| j != i && KINDS[j].category == kind.category).collect();
+            assert_eq!(kind.confusable, same);
+            for color in kind.colors {
+                assert!(places::PLACES.iter().any(|p| !p.avoid.contains(color)));
+            }
+        }
+    }
+
+    #[test]
+    fn words_fit_the_scene() {
+        let mut count = [0u32; 26];
+        let (mut yes, mut asked) = (0, 0);
+        let mut vocabulary = BTreeSet::new();
+        for index in 0..1500 {
+            let s = scene(Split::Test, index, 96);
+            count[s.kind] += 1;
+            let kind = &KINDS[s.kind];
+            assert_ne!(s.kind, s.target);
+            assert_eq!(kind.category, KINDS[s.target].category);
+            assert!(s.caption.contains(s.name()) && s.caption.ends_with(&format!("{}.", s.place)));
+            assert!(s.caption.contains(s.color) && s.target_caption.contains(KINDS[s.target].name));
+            for q in &s.questions {
+                assert!(q.answer.ends_with(&format!("{}.", kind.name)), "{q:?}");
+                assert!(!q.question.contains(kind.name) && q.question.ends_with('?'), "{q:?}");
+            }
+            for q in s.questions.iter().chain(&s.more) {
+                let text = format!("{} {} {}", q.question, q.answer, s.caption).to_lowercase();
+                vocabulary.extend(text.split(|c: char| !c.is_alphabetic()).map(str::to_owned));
+                let words: Vec<_> = text.split_whitespace().collect();
+                for pair in words.windows(2).filter(|w| ["a", "an"].contains(&w[0])) {
+                    assert_eq!(words::article(pair[1]), pair[0], "{text}");
+                }
+                if q.question.starts_with("Is there") {
+                    asked += 1;
+                    yes += u32::from(q.answer == "Yes.");
+                }
+            }
+            let [x, y, w, h] = s.bbox;
+            assert!(x >= 0.0 && y >= 0.0 && x + w <= 96.01 && y + h <= 96.01 && w.max(h) > 40.0);
+        }
+        assert!(count.iter().all(|&n| n > 25), "{count:?}");
+        assert!((0.45..0.55).contains(&(f64::from(yes) / f64::from(asked))));
+        println!("{} words", vocabulary.len() - 1);
+        assert!(vocabulary.len() < 120, "{vocabulary:?}");
     }
 }

@@ -69,7 +69,10 @@ pub(super) fn banana(d: &mut Draft, dice: &mut Dice, c: Rgb) {
 }
 
 pub(super) fn strawberry(d: &mut Draft, dice: &mut Dice, c: Rgb) {
-    d.body(c, "M0 98 C-42 72 -88 20 -80 -25 C-74 -64 -26 -68 0 -52 C26 -68 74 -64 80 -25 C88 20 42 72 0 98 Z");
+    d.body(
+        c,
+        "M0 98 C-42 72 -88 20 -80 -25 C-74 -64 -26 -68 0 -52 C26 -68 74 -64 80 -25 C88 20 42 72 0 98 Z",
+    );
     d.texture(Texture::Cast, 0.12, dice.seed());
     let (mut pits, mut seeds) = (Vec::new(), Vec::new());
     for row in 0..7 {
@@ -202,7 +205,11 @@ pub(super) fn fish(d: &mut Draft, dice: &mut Dice, c: Rgb) {
         d.fill(WHITE, "M-34 -42 C-24 -20 -24 20 -34 40 L-20 43 C-10 20 -10 -20 -20 -45 Z M16 -39 C24 -18 24 18 16 37 L29 30 C35 12 35 -12 29 -32 Z");
     }
     d.line(shade(c, 0.55), 3.0, "M-52 -32 C-40 -12 -40 12 -52 30");
-    d.line(shade(fin, 0.6), 2.2, "M62 -2 L90 -30 M62 0 L88 0 M62 2 L90 30 M-10 -54 L0 -42 M12 -60 L18 -44 M28 -52 L32 -38");
+    d.line(
+        shade(fin, 0.6),
+        2.2,
+        "M62 -2 L90 -30 M62 0 L88 0 M62 2 L90 30 M-10 -54 L0 -42 M12 -60 L18 -44 M28 -52 L32 -38",
+    );
     d.body(fin, "M-26 6 C-8 4 6 16 8 28 C-8 30 -22 22 -26 6 Z");
     d.oval(WHITE, 1.0, [-66.0, -10.0, 11.0, 11.0]);
     d.oval(BLACK, 1.0, [-67.0, -10.0, 6.0, 6.5]);
@@ -213,19 +220,87 @@ pub(super) fn fish(d: &mut Draft, dice: &mut Dice, c: Rgb) {
 pub(super) fn butterfly(d: &mut Draft, dice: &mut Dice, c: Rgb) {
     let edge = [44.0, 34.0, 40.0];
     for s in [1.0, -1.0] {
-        d.body(edge, &format!("M{} -14 C{} -90 {} -100 {} -78 C{} -40 {} 4 {} 6 Z", s * 4.0, s * 30.0, s * 84.0, s * 98.0, s * 100.0, s * 66.0, s * 4.0));
-        d.body(edge, &format!("M{} 2 C{} -8 {} 24 {} 52 C{} 96 {} 92 {} 22 Z", s * 4.0, s * 54.0, s * 88.0, s * 74.0, s * 58.0, s * 20.0, s * 4.0));
-        d.fill(c, &format!("M{} -12 C{} -74 {} -86 {} -68 C{} -40 {} -6 {} 0 Z", s * 8.0, s * 34.0, s * 76.0, s * 86.0, s * 86.0, s * 58.0, s * 8.0));
-        d.fill(mix(c, WHITE, 0.18), &format!("M{} 6 C{} 0 {} 26 {} 50 C{} 80 {} 78 {} 20 Z", s * 8.0, s * 48.0, s * 76.0, s * 64.0, s * 50.0, s * 24.0, s * 8.0));
+        d.body(
+            edge,
+            &format!(
+                "M{} -14 C{} -90 {} -100 {} -78 C{} -40 {} 4 {} 6 Z",
+                s * 4.0,
+                s * 30.0,
+                s * 84.0,
+                s * 98.0,
+                s * 100.0,
+                s * 66.0,
+                s * 4.0
+            ),
+        );
+        d.body(
+            edge,
+            &format!(
+                "M{} 2 C{} -8 {} 24 {} 52 C{} 96 {} 92 {} 22 Z",
+                s * 4.0,
+                s * 54.0,
+                s * 88.0,
+                s * 74.0,
+                s * 58.0,
+                s * 20.0,
+                s * 4.0
+            ),
+        );
+        d.fill(
+            c,
+            &format!(
+                "M{} -12 C{} -74 {} -86 {} -68 C{} -40 {} -6 {} 0 Z",
+                s * 8.0,
+                s * 34.0,
+                s * 76.0,
+                s * 86.0,
+                s * 86.0,
+                s * 58.0,
+                s * 8.0
+            ),
+        );
+        d.fill(
+            mix(c, WHITE, 0.18),
+            &format!(
+                "M{} 6 C{} 0 {} 26 {} 50 C{} 80 {} 78 {} 20 Z",
+                s * 8.0,
+                s * 48.0,
+                s * 76.0,
+                s * 64.0,
+                s * 50.0,
+                s * 24.0,
+                s * 8.0
+            ),
+        );
     }
     d.texture(Texture::Veins, 0.28, dice.seed());
     let spots: Vec<_> = [1.0, -1.0]
         .iter()
-        .flat_map(|s| [[s * 90.0, -66.0, 4.0, 4.0], [s * 84.0, -40.0, 4.0, 4.0], [s * 70.0, -18.0, 4.0, 4.0], [s * 68.0, 58.0, 4.0, 4.0], [s * 52.0, 74.0, 4.0, 4.0]])
+        .flat_map(|s| {
+            [
+                [s * 90.0, -66.0, 4.0, 4.0],
+                [s * 84.0, -40.0, 4.0, 4.0],
+                [s * 70.0, -18.0, 4.0, 4.0],
+                [s * 68.0, 58.0, 4.0, 4.0],
+                [s * 52.0, 74.0, 4.0, 4.0],
+            ]
+        })
         .collect();
     d.dots(WHITE, 1.0, &spots);
     for s in [1.0, -1.0] {
-        d.line(edge, 3.0, &format!("M{} -8 L{} -66 M{} -8 L{} -40 M{} 8 L{} 58", s * 8.0, s * 52.0, s * 8.0, s * 72.0, s * 8.0, s * 46.0));
+        d.line(
+            edge,
+            3.0,
+            &format!(
+                "M{} -8 L{} -66 M{} -8 L{} -40 M{} 8 L{} 58",
+                s * 8.0,
+                s * 52.0,
+                s * 8.0,
+                s * 72.0,
+                s * 8.0,
+                s * 46.0
+            ),
+        );
         d.oval(edge, 1.0, [s * 46.0, 42.0, 10.0, 10.0]);
         d.oval(GOLD, 1.0, [s * 46.0, 42.0, 5.0, 5.0]);
         d.line(edge, 3.0, &format!("M0 -40 Q{} -70 {} -88", s * 6.0, s * 24.0));
@@ -243,7 +318,19 @@ pub(super) fn owl(d: &mut Draft, dice: &mut Dice, c: Rgb) {
     d.oval(pale, 1.0, [0.0, 42.0, 38.0, 44.0]);
     d.texture(Texture::Feathers, 0.26, dice.seed());
     for s in [1.0, -1.0] {
-        d.body(shade(c, 0.72), &format!("M{} -6 C{} 10 {} 60 {} 84 C{} 60 {} 20 {} -6 Z", s * 54.0, s * 84.0, s * 80.0, s * 44.0, s * 40.0, s * 36.0, s * 54.0));
+        d.body(
+            shade(c, 0.72),
+            &format!(
+                "M{} -6 C{} 10 {} 60 {} 84 C{} 60 {} 20 {} -6 Z",
+                s * 54.0,
+                s * 84.0,
+                s * 80.0,
+                s * 44.0,
+                s * 40.0,
+                s * 36.0,
+                s * 54.0
+            ),
+        );
     }
     d.texture(Texture::Feathers, 0.1, dice.seed());
     d.line(shade(c, 0.6), 3.5, "M-20 22 L-14 29 L-8 22 M8 22 L14 29 L20 22 M-6 38 L0 45 L6 38 M-24 44 L-18 51 L-12 44 M12 44 L18 51 L24 44 M-12 62 L-6 69 L0 62 M4 62 L10 69 L16 62");
@@ -255,7 +342,11 @@ pub(super) fn owl(d: &mut Draft, dice: &mut Dice, c: Rgb) {
         d.oval(WHITE, 1.0, [x - 4.0, -42.0, 3.5, 3.5]);
     }
     d.body([235.0, 150.0, 40.0], "M-9 -30 L9 -30 L0 -6 Z");
-    d.line([225.0, 140.0, 40.0], 6.0, "M-24 88 L-30 98 M-18 90 L-18 99 M-12 90 L-7 98 M24 88 L30 98 M18 90 L18 99 M12 90 L7 98");
+    d.line(
+        [225.0, 140.0, 40.0],
+        6.0,
+        "M-24 88 L-30 98 M-18 90 L-18 99 M-12 90 L-7 98 M24 88 L30 98 M18 90 L18 99 M12 90 L7 98",
+    );
 }
 
 pub(super) fn hammer(d: &mut Draft, dice: &mut Dice, c: Rgb) {
@@ -327,7 +418,10 @@ pub(super) fn mug(d: &mut Draft, dice: &mut Dice, c: Rgb) {
     d.body(c, "M-76 -70 L56 -70 L50 78 Q48 94 30 94 L-50 94 Q-68 94 -70 78 Z");
     let band = if c.iter().all(|&v| v > 200.0) { [70.0, 110.0, 180.0] } else { mix(c, WHITE, 0.7) };
     let y = dice.range(-10.0, 24.0);
-    d.fill(band, &format!("M-73 {y} Q-10 {} 53 {y} L52 {} Q-10 {} -72 {} Z", y + 14.0, y + 20.0, y + 34.0, y + 20.0));
+    d.fill(
+        band,
+        &format!("M-73 {y} Q-10 {} 53 {y} L52 {} Q-10 {} -72 {} Z", y + 14.0, y + 20.0, y + 34.0, y + 20.0),
+    );
     d.texture(Texture::Glaze, 0.12, dice.seed());
     d.ball(mix(c, WHITE, 0.25), [-10.0, -70.0, 66.0, 19.0]);
     d.oval([70.0, 42.0, 24.0], 1.0, [-10.0, -67.0, 55.0, 13.0]);
@@ -395,7 +489,11 @@ pub(super) fn clock(d: &mut Draft, dice: &mut Dice, c: Rgb) {
 }
 
 pub(super) fn cactus(d: &mut Draft, dice: &mut Dice, c: Rgb) {
-    let arms = if dice.chance(0.5) { ["M-20 22 L-60 22 L-60 -30", "M20 2 L60 2 L60 -54"] } else { ["M-20 0 L-58 0 L-58 -52", "M20 24 L62 24 L62 -22"] };
+    let arms = if dice.chance(0.5) {
+        ["M-20 22 L-60 22 L-60 -30", "M20 2 L60 2 L60 -54"]
+    } else {
+        ["M-20 0 L-58 0 L-58 -52", "M20 24 L62 24 L62 -22"]
+    };
     for arm in arms {
         d.tube(c, 25.0, arm);
     }
@@ -416,7 +514,11 @@ pub(super) fn cactus(d: &mut Draft, dice: &mut Dice, c: Rgb) {
     }
     d.line([240.0, 236.0, 190.0], 1.8, &spines);
     if dice.chance(0.6) {
-        d.dots([238.0, 100.0, 150.0], 1.0, &[[-8.0, -97.0, 8.0, 7.0], [8.0, -97.0, 8.0, 7.0], [0.0, -102.0, 7.0, 8.0]]);
+        d.dots(
+            [238.0, 100.0, 150.0],
+            1.0,
+            &[[-8.0, -97.0, 8.0, 7.0], [8.0, -97.0, 8.0, 7.0], [0.0, -102.0, 7.0, 8.0]],
+        );
         d.oval(GOLD, 1.0, [0.0, -97.0, 4.0, 4.0]);
     }
     let pot = [190.0, 100.0, 62.0];
@@ -460,7 +562,15 @@ pub(super) fn tree(d: &mut Draft, dice: &mut Dice, c: Rgb) {
     d.line(bark, 8.0, "M0 40 L-34 4 M2 34 L32 0");
     d.texture(Texture::Wood, 0.35, dice.seed());
     let mut crown = Draft::default();
-    for [x, y, r] in [[-46.0, -8.0, 34.0], [46.0, -8.0, 34.0], [0.0, 2.0, 32.0], [-34.0, -48.0, 36.0], [36.0, -46.0, 36.0], [0.0, -66.0, 36.0], [0.0, -30.0, 40.0]] {
+    for [x, y, r] in [
+        [-46.0, -8.0, 34.0],
+        [46.0, -8.0, 34.0],
+        [0.0, 2.0, 32.0],
+        [-34.0, -48.0, 36.0],
+        [36.0, -46.0, 36.0],
+        [0.0, -66.0, 36.0],
+        [0.0, -30.0, 40.0],
+    ] {
         let (x, y, r) = (x + dice.range(-5.0, 5.0), y + dice.range(-5.0, 5.0), r + dice.range(-3.0, 4.0));
         crown.oval(shade(c, 0.5), 1.0, [x, y, r + 2.0, r + 2.0]);
         crown.oval(shade(c, dice.range(0.88, 1.08)), 1.0, [x, y - 2.0, r, r]);
@@ -491,7 +601,11 @@ pub(super) fn traffic_light(d: &mut Draft, dice: &mut Dice, c: Rgb) {
         if i == lit {
             d.oval(WHITE, 0.65, [0.0, y, 10.0, 10.0]);
         }
-        d.line(shade(c, 0.45), 6.0, &format!("M-27 {} Q-22 {} 0 {} Q22 {} 27 {}", y + 2.0, y - 27.0, y - 27.0, y - 27.0, y + 2.0));
+        d.line(
+            shade(c, 0.45),
+            6.0,
+            &format!("M-27 {} Q-22 {} 0 {} Q22 {} 27 {}", y + 2.0, y - 27.0, y - 27.0, y - 27.0, y + 2.0),
+        );
         d.oval(WHITE, 0.5, [-8.0, y - 7.0, 4.0, 5.0]);
     }
 }
@@ -511,6 +625,10 @@ pub(super) fn hydrant(d: &mut Draft, dice: &mut Dice, c: Rgb) {
     d.ball(shade(c, 0.8), [0.0, 4.0, 25.0, 25.0]);
     d.ball(c, [0.0, 4.0, 17.0, 17.0]);
     d.ball(STEEL, [0.0, 4.0, 7.0, 7.0]);
-    d.dots(STEEL, 1.0, &[[-38.0, 90.0, 4.0, 4.0], [-13.0, 90.0, 4.0, 4.0], [13.0, 90.0, 4.0, 4.0], [38.0, 90.0, 4.0, 4.0]]);
+    d.dots(
+        STEEL,
+        1.0,
+        &[[-38.0, 90.0, 4.0, 4.0], [-13.0, 90.0, 4.0, 4.0], [13.0, 90.0, 4.0, 4.0], [38.0, 90.0, 4.0, 4.0]],
+    );
     d.line(mix(c, WHITE, 0.55), 5.0, "M-24 -34 L-24 44 M-22 -60 Q-16 -72 -8 -74");
 }

@@ -38,7 +38,7 @@ pub(super) static PLACES: [Place; 10] = [
     Place { phrase: "on a checkered cloth", avoid: &["white", "pink"], ground: Ground::Cloth },
     Place { phrase: "among pebbles", avoid: &["gray", "black"], ground: Ground::Pebbles },
     Place { phrase: "in front of a cloudy sky", avoid: &["blue", "white"], ground: Ground::Sky },
-    Place { phrase: "among green leaves", avoid: &["green"], ground: Ground::Leaves },
+    Place { phrase: "among green leaves", avoid: &["green", "black"], ground: Ground::Leaves },
     Place { phrase: "on a tiled floor", avoid: &["white", "gray"], ground: Ground::Tiles },
     Place { phrase: "on the snow", avoid: &["white"], ground: Ground::Snow },
 ];
@@ -68,7 +68,8 @@ impl Place {
                 let part = y * 3.4 - plank as f32;
                 let bend = 1.6 * n(x * 1.4, y * 4.0 + plank as f32 * 7.0, 1);
                 let grain = n(x * 2.2, y * 34.0 + bend * 3.0, 2) + 0.5 * n(x * 9.0, y * 75.0, 3);
-                let base = mix([150.0, 104.0, 62.0], [196.0, 150.0 + 8.0 * tone, 100.0], cell(plank, 3, seed));
+                let base =
+                    mix([150.0, 104.0, 62.0], [196.0, 150.0 + 8.0 * tone, 100.0], cell(plank, 3, seed));
                 let edge = if part < 0.035 { 0.5 } else { 1.0 };
                 shade(base, edge * (0.72 + 0.38 * grain))
             }),
@@ -115,11 +116,16 @@ impl Place {
                 shade(base, lit * (0.88 + 0.24 * n(x * 70.0, y * 70.0, 1)))
             }),
             Ground::Sky => each(&|x, y| {
-                let low = n(x * 2.2, y * 3.2, 1) * 0.55 + n(x * 5.0, y * 7.0, 2) * 0.3 + n(x * 13.0, y * 16.0, 3) * 0.15;
+                let low = n(x * 2.2, y * 3.2, 1) * 0.55
+                    + n(x * 5.0, y * 7.0, 2) * 0.3
+                    + n(x * 13.0, y * 16.0, 3) * 0.15;
                 let cloud = ((low - 0.42 - 0.04 * tone) * 4.5).clamp(0.0, 1.0);
                 let blue = mix([92.0, 146.0, 208.0], [158.0, 196.0, 230.0], (y - oy).clamp(0.0, 1.0));
                 let grain = 0.97 + 0.06 * n(x * 60.0, y * 60.0, 4);
-                shade(mix(blue, shade([240.0, 242.0, 246.0], 0.84 + 0.16 * n(x * 7.0, y * 9.0, 5)), cloud), grain)
+                shade(
+                    mix(blue, shade([240.0, 242.0, 246.0], 0.84 + 0.16 * n(x * 7.0, y * 9.0, 5)), cloud),
+                    grain,
+                )
             }),
             Ground::Leaves => each(&|x, y| {
                 let dim = n(x * 6.0, y * 6.0, 1);
@@ -133,7 +139,7 @@ impl Place {
                 }
                 let vein = (n(x * 9.0 + cell(tx, ty, seed) * 9.0, y * 9.0, 2) - 0.5).abs();
                 let base = mix([196.0, 188.0, 178.0], [212.0, 208.0 + 6.0 * tone, 204.0], cell(tx, ty, seed));
-                let line = if vein < 0.035 { 0.86 } else { 1.0 };
+                let line = if vein < 0.025 { 0.92 } else { 1.0 };
                 shade(base, line * (0.9 + 0.12 * n(x * 50.0, y * 50.0, 3)))
             }),
             Ground::Snow => each(&|x, y| {
@@ -158,7 +164,8 @@ impl Place {
                         [dice.range(0.0, 100.0), dice.range(0.0, 100.0), r, r * dice.range(0.6, 1.0)]
                     })
                     .collect();
-                let shadows: Vec<_> = dots.iter().map(|&[x, y, a, b]| [x + 0.5, y + 0.7, a * 1.1, b * 1.1]).collect();
+                let shadows: Vec<_> =
+                    dots.iter().map(|&[x, y, a, b]| [x + 0.5, y + 0.7, a * 1.1, b * 1.1]).collect();
                 d.dots([20.0, 20.0, 24.0], 0.3, &shadows);
                 d.dots(*color, 1.0, &dots);
             }
@@ -191,14 +198,21 @@ impl Place {
                 d.line([70.0, 82.0, 104.0], 0.5, &strokes(dice, 3, 3.0));
             }
             Ground::Leaves => {
-                for color in [[52.0, 98.0, 40.0], [70.0, 124.0, 50.0], [92.0, 146.0, 62.0], [62.0, 112.0, 58.0]] {
+                for color in
+                    [[52.0, 98.0, 40.0], [70.0, 124.0, 50.0], [92.0, 146.0, 62.0], [62.0, 112.0, 58.0]]
+                {
                     let some = leaves(dice, 17, 9.5);
                     d.fill(color, &some);
                     d.line(shade(color, 0.62), 0.5, &some);
                 }
             }
             Ground::Tiles => {
-                let all = [[214.0, 130.0, 140.0], [120.0, 160.0, 200.0], [226.0, 200.0, 110.0], [150.0, 180.0, 130.0]];
+                let all = [
+                    [214.0, 130.0, 140.0],
+                    [120.0, 160.0, 200.0],
+                    [226.0, 200.0, 110.0],
+                    [150.0, 180.0, 130.0],
+                ];
                 let start = dice.below(4);
                 spots(d, dice, &[all[start], all[(start + 1) % 4]], 5, 1.2);
             }
@@ -224,7 +238,17 @@ fn blades(dice: &mut Dice, count: usize) -> String {
         .map(|_| {
             let (x, y) = (dice.range(0.0, 100.0), dice.range(4.0, 104.0));
             let (lean, tall) = (dice.range(-4.0, 4.0), dice.range(5.0, 11.0));
-            format!("M{} {y} Q{} {} {} {} Q{} {} {} {y} Z ", x - 0.8, x - 0.6, y - tall * 0.6, x + lean, y - tall, x + 0.8, y - tall * 0.5, x + 0.8)
+            format!(
+                "M{} {y} Q{} {} {} {} Q{} {} {} {y} Z ",
+                x - 0.8,
+                x - 0.6,
+                y - tall * 0.6,
+                x + lean,
+                y - tall,
+                x + 0.8,
+                y - tall * 0.5,
+                x + 0.8
+            )
         })
         .collect()
 }
@@ -243,7 +267,8 @@ fn strokes(dice: &mut Dice, count: usize, long: f32) -> String {
 pub(super) fn leaf(x: f32, y: f32, angle: f32, long: f32, wide: f32) -> String {
     let (s, k) = angle.sin_cos();
     let at = |along: f32, side: f32| (x + along * k - side * s, y + along * s + side * k);
-    let ((ax, ay), (bx, by), (cx, cy), (dx, dy)) = (at(-long, 0.0), at(0.0, -wide), at(long, 0.0), at(0.0, wide));
+    let ((ax, ay), (bx, by), (cx, cy), (dx, dy)) =
+        (at(-long, 0.0), at(0.0, -wide), at(long, 0.0), at(0.0, wide));
     format!("M{ax} {ay} Q{bx} {by} {cx} {cy} Q{dx} {dy} {ax} {ay} Z M{ax} {ay} L{cx} {cy} ")
 }
 
@@ -251,7 +276,13 @@ fn leaves(dice: &mut Dice, count: usize, long: f32) -> String {
     (0..count)
         .map(|_| {
             let long = long * dice.range(0.7, 1.2);
-            leaf(dice.range(0.0, 100.0), dice.range(0.0, 100.0), dice.range(0.0, 6.28), long, long * 0.75)
+            leaf(
+                dice.range(0.0, 100.0),
+                dice.range(0.0, 100.0),
+                dice.range(0.0, std::f32::consts::TAU),
+                long,
+                long * 0.75,
+            )
         })
         .collect()
 }

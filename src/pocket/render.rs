@@ -43,7 +43,7 @@ pub(super) fn render(dice: &mut Dice, kind: &Kind, color: &str, place: &Place, s
     let [left, top, right, bottom] = object.bounds(pose);
     let (w, h) = (right - left, bottom - top);
     let slim = w.min(h) / w.max(h);
-    let scale = dice.range(if slim < 0.7 { 0.62 } else { 0.52 }, 0.88) / w.max(h);
+    let scale = dice.range(if slim < 0.75 { 0.66 } else { 0.58 }, 0.88) / w.max(h);
     let (w, h) = (w * scale, h * scale);
     let how = dice.below(10);
     let over = how == 0;
@@ -76,9 +76,8 @@ pub(super) fn render(dice: &mut Dice, kind: &Kind, color: &str, place: &Place, s
         seed: dice.seed(),
     };
 
-    let map = || {
-        Pixmap::new(size, size).ok_or_else(|| Error::argument("size", "a size that fits in memory", size))
-    };
+    let map =
+        || Pixmap::new(size, size).ok_or_else(|| Error::argument("size", "a size that fits in memory", size));
     let mut ground = map()?;
     place.paint(&mut ground, dice, color);
     let mut layer = map()?;
@@ -108,7 +107,7 @@ fn cover(d: &mut Draft, dice: &mut Dice, [x, y, w, h]: [f32; 4]) {
     match dice.below(4) {
         0 => {
             let color = *dice.pick(&[[92.0, 140.0, 60.0], [176.0, 132.0, 60.0], [160.0, 84.0, 50.0]]);
-            let angle = dice.range(0.0, 6.28);
+            let angle = dice.range(0.0, std::f32::consts::TAU);
             d.tint(dark, 0.3, &leaf(cx + 1.0, cy + 1.4, angle, long * 0.2, long * 0.15));
             let shape = leaf(cx, cy, angle, long * 0.2, long * 0.15);
             d.fill(color, &shape);
@@ -127,7 +126,20 @@ fn cover(d: &mut Draft, dice: &mut Dice, [x, y, w, h]: [f32; 4]) {
                 let base = cy + long * 0.22;
                 let color = mix([62.0, 112.0, 40.0], [130.0, 170.0, 76.0], dice.unit());
                 let thick = long * 0.017;
-                d.fill(color, &format!("M{} {base} Q{} {} {} {} Q{} {} {} {base} Z", foot - thick, foot - thick, base - tall * 0.6, foot + lean, base - tall, foot + thick, base - tall * 0.6, foot + thick));
+                d.fill(
+                    color,
+                    &format!(
+                        "M{} {base} Q{} {} {} {} Q{} {} {} {base} Z",
+                        foot - thick,
+                        foot - thick,
+                        base - tall * 0.6,
+                        foot + lean,
+                        base - tall,
+                        foot + thick,
+                        base - tall * 0.6,
+                        foot + thick
+                    ),
+                );
             }
         }
         _ => {
@@ -157,7 +169,8 @@ fn compose(ground: &mut Pixmap, layer: &Pixmap, light: &Light) {
         under += a * luma(g);
         weight += a;
     }
-    let line: Rgb = if own < under || under > 95.0 * weight { [24.0, 22.0, 26.0] } else { [236.0, 234.0, 226.0] };
+    let line: Rgb =
+        if own < under || under > 95.0 * weight { [24.0, 22.0, 26.0] } else { [236.0, 234.0, 226.0] };
 
     let shift = (3.0 * unit) as isize;
     let near = (2.0 * unit) as isize;
@@ -245,4 +258,3 @@ fn expose(map: &Pixmap, light: &Light) -> Result<image::RgbImage> {
     image::RgbImage::from_raw(side as u32, side as u32, bytes)
         .ok_or_else(|| Error::argument("size", "a square of bytes", side))
 }
-

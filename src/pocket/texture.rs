@@ -103,7 +103,8 @@ impl Texture {
         match self {
             Self::Fur => {
                 let bend = 2.5 * noise(u * 3.0, v * 3.0, seed ^ 1);
-                1.5 * noise(u * 26.0 + bend, v * 7.0 + bend, seed) - 0.75 + 0.5 * noise(u * 50.0, v * 14.0, seed ^ 2)
+                1.5 * noise(u * 26.0 + bend, v * 7.0 + bend, seed) - 0.75
+                    + 0.5 * noise(u * 50.0, v * 14.0, seed ^ 2)
                     - 0.25
             }
             Self::Scales => scale(u * 8.0, v * 8.0, seed),
@@ -118,7 +119,9 @@ impl Texture {
             Self::Brushed => {
                 1.2 * noise(u * 5.0, v * 45.0, seed) - 0.6 + 0.8 * noise(u * 40.0, v * 40.0, seed ^ 1) - 0.4
             }
-            Self::Cast => 1.8 * noise(u * 34.0, v * 34.0, seed) - 0.9 + 0.6 * noise(u * 4.0, v * 4.0, seed ^ 1) - 0.3,
+            Self::Cast => {
+                1.8 * noise(u * 34.0, v * 34.0, seed) - 0.9 + 0.6 * noise(u * 4.0, v * 4.0, seed ^ 1) - 0.3
+            }
             Self::Paint => {
                 0.9 * noise(u * 38.0, v * 38.0, seed) - 0.45 + 1.4 * noise(u * 2.5, v * 14.0, seed ^ 1) - 0.7
             }
@@ -154,5 +157,7 @@ fn scale(x: f32, y: f32, seed: u32) -> f32 {
 #[inline]
 fn grain(across: f32, along: f32, seed: u32) -> f32 {
     let bend = 2.0 * noise(across * 3.0, along * 1.5, seed ^ 1);
-    1.3 * noise(across * 22.0 + bend, along * 2.0, seed) - 0.65 + 0.8 * noise(across * 45.0, along * 9.0, seed ^ 2) - 0.4
+    1.3 * noise(across * 22.0 + bend, along * 2.0, seed) - 0.65
+        + 0.8 * noise(across * 45.0, along * 9.0, seed ^ 2)
+        - 0.4
 }

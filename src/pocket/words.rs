@@ -55,7 +55,10 @@ impl Words {
         let colors = ["red", "orange", "yellow", "green", "blue", "white", "gray", "brown", "black"];
         let color_word = sentence(color);
         let mut more = vec![
-            ask((*dice.pick(&["What color is it?", "Which color does the object have?"])).to_owned(), &color_word),
+            ask(
+                (*dice.pick(&["What color is it?", "Which color does the object have?"])).to_owned(),
+                &color_word,
+            ),
             ask((*dice.pick(&["Where is it?", "Where is the object?"])).to_owned(), &sentence(place)),
         ];
         let present = dice.chance(0.5);
