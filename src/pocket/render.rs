@@ -32,7 +32,10 @@ pub(super) fn render(dice: &mut Dice, kind: &Kind, color: &str, place: &Place, s
     let side = size as f32;
     let mut object = Draft::default();
     let lift = dice.range(0.92, 1.08);
-    let tint = rgb(color).map(|c| (c * lift + dice.range(-12.0, 12.0)).clamp(18.0, 250.0));
+    // A black cat with much of a tint would be a green cat.
+    let neutral = ["black", "gray", "white"].contains(&color);
+    let spread = if neutral { 4.0 } else { 12.0 };
+    let tint = rgb(color).map(|c| (c * lift + dice.range(-spread, spread)).clamp(18.0, 250.0));
     (kind.drawing)(&mut object, dice, tint);
 
     // Pose, in the unit square.
