@@ -26,6 +26,7 @@ mod objects;
 mod places;
 mod render;
 mod texture;
+pub mod training;
 mod words;
 
 use rand_chacha::ChaCha8Rng;

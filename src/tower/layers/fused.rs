@@ -29,7 +29,7 @@ pub fn applies(x: &Tensor) -> bool {
 macro_rules! vectorised {
     ($(#[$doc:meta])* fn $name:ident($($argument:ident: $type:ty),*) $body:block) => {
         $(#[$doc])*
-        fn $name($($argument: $type),*) {
+        pub(crate) fn $name($($argument: $type),*) {
             #[inline(always)]
             fn body($($argument: $type),*) $body
             #[cfg(target_arch = "x86_64")]
@@ -139,6 +139,42 @@ vectorised! {
         for ((y, x), g) in out.iter_mut().zip(x).zip(gradient) {
             let s = sigmoid(1.702 * x);
             *y = g * (s + 1.702 * x * s * (1.0 - s));
+        }
+    }
+}
+
+vectorised! {
+    /// (x - mean) / s w + b
+    fn norm_row(out: &mut [f32], x: &[f32], weight: &[f32], bias: &[f32], eps: f32) {
+        let scale = 1.0 / x.len() as f32;
+        let mean = sum(x, |_, x| x) * scale;
+        let variance = sum(x, |_, x| (x - mean) * (x - mean)) * scale;
+        let inverse = 1.0 / (variance + eps).sqrt();
+        for (((y, x), w), b) in out.iter_mut().zip(x).zip(weight).zip(bias) {
+            *y = (x - mean) * inverse * w + b;
+        }
+    }
+}
+
+vectorised! {
+    /// Adds one row's gradients of a norm's weight and bias.
+    fn norm_weights_row(weight: &mut [f32], bias: &mut [f32], x: &[f32], gradient: &[f32], eps: f32) {
+        let scale = 1.0 / x.len() as f32;
+        let mean = sum(x, |_, x| x) * scale;
+        let variance = sum(x, |_, x| (x - mean) * (x - mean)) * scale;
+        let inverse = 1.0 / (variance + eps).sqrt();
+        for (((w, b), x), g) in weight.iter_mut().zip(bias).zip(x).zip(gradient) {
+            *w += g * (x - mean) * inverse;
+            *b += g;
+        }
+    }
+}
+
+vectorised! {
+    /// x + f y, in place of x.
+    fn add_scaled(x: &mut [f32], y: &[f32], factor: f32) {
+        for (x, y) in x.iter_mut().zip(y) {
+            *x += factor * y;
         }
     }
 }
@@ -260,7 +296,7 @@ pub fn add_bias(x: &Tensor, bias: &Tensor) -> Result<()> {
 /// Numbers per task of an elementwise operation.
 const CHUNK: usize = 1 << 14;
 
-struct QuickGelu;
+pub(crate) struct QuickGelu;
 
 impl CustomOp1 for QuickGelu {
     fn name(&self) -> &'static str {

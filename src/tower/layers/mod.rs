@@ -6,7 +6,7 @@
 
 mod activation;
 mod attention;
-mod fused;
+pub(crate) mod fused;
 mod linear;
 mod norm;
 
