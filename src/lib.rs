@@ -12,6 +12,8 @@
 //!       -> features -> projector and language model (mistral.rs)
 //! ```
 //!
+//! A CLIP's features end in a zero-shot head instead ([`text::ZeroShotHead`]).
+//!
 //! Every step from the pixels on has its transpose, so a gradient walks the same corridor back:
 //!
 //! ```
@@ -41,7 +43,7 @@
 //! ```
 //!
 //! Without the `engine` feature (on by default) the library builds without mistral.rs: pictures,
-//! towers with gradients, the defence and anchors.
+//! towers with gradients, text encoders, the defence and anchors.
 #![deny(missing_docs)]
 
 pub mod defense;
@@ -53,6 +55,7 @@ pub mod model;
 pub mod pocket;
 #[cfg(feature = "engine")]
 pub mod server;
+pub mod text;
 pub mod tower;
 
 pub use error::{Error, Result};

@@ -1,4 +1,4 @@
-//! A model by folder or Hub id: its files, its configuration, its vision tower.
+//! A model by folder or Hub id: its files, its configuration, its vision tower, its text encoder.
 
 use std::path::{Path, PathBuf};
 
@@ -7,6 +7,7 @@ use hf_hub::{Cache, Repo, RepoType};
 use serde_json::Value;
 
 use crate::image::{Contract, Preprocess};
+use crate::text::{ClipText, TextConfig};
 use crate::tower::clip::{Clip, ClipConfig, checkpoint_fingerprint, feature_block};
 use crate::tower::weights::Checkpoint;
 use crate::{Error, Result};
@@ -150,6 +151,15 @@ impl Model {
         }
     }
 
+    /// Loads a CLIP's tokenizer and text encoder, held in f32.
+    ///
+    /// # Errors
+    /// If it has no CLIP text encoder, or a file or weight of it is missing or wrong.
+    pub fn text(&self, device: &Device) -> Result<ClipText> {
+        let config = TextConfig::parse(&self.config.to_string(), &self.file("config.json"))?;
+        ClipText::load(&self.checkpoint()?, &config, device)
+    }
+
     /// The fingerprint of its vision tower's trunk, from the weights as stored.
     ///
     /// # Errors
@@ -225,7 +235,10 @@ fn token() -> Option<String> {
 /// The files of a model that matter here; checkpoints in other formats are not downloaded.
 fn wanted(file: &str) -> bool {
     !file.contains('/')
-        && (file.ends_with(".safetensors") || file.ends_with(".json") || file.ends_with(".jinja"))
+        && (file.ends_with(".safetensors")
+            || file.ends_with(".json")
+            || file.ends_with(".jinja")
+            || file == "merges.txt")
         && file != "pytorch_model.bin.index.json"
 }
 

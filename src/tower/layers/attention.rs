@@ -3,7 +3,8 @@ use candle_core::{D, Tensor};
 use super::{Linear, fused};
 use crate::Result;
 
-/// Multi-head self-attention with an output projection, no mask.
+/// Multi-head self-attention with an output projection; no mask but in
+/// [`Attention::forward_causal`].
 #[derive(Debug, Clone)]
 pub struct Attention {
     /// The query projection.
@@ -48,18 +49,40 @@ impl Attention {
         Ok(x.reshape((batch, tokens, self.heads * head))?)
     }
 
-    /// `(B, N, D)` to `(B, N, D)`, and what the gradient needs.
-    pub fn forward(&self, x: &Tensor) -> Result<(Tensor, AttentionTape)> {
+    /// Queries (scaled), keys and values of `(B, N, D)`.
+    fn project(&self, x: &Tensor) -> Result<AttentionTape> {
         let width = x.dim(D::Minus1)?;
         let q = self.split(&(self.q.forward(x)? * self.scale(width))?)?;
         let k = self.split(&self.k.forward(x)?)?;
         let v = self.split(&self.v.forward(x)?)?;
+        Ok(AttentionTape { q, k, v })
+    }
+
+    /// `(B, N, D)` to `(B, N, D)`, and what the gradient needs.
+    pub fn forward(&self, x: &Tensor) -> Result<(Tensor, AttentionTape)> {
+        let AttentionTape { q, k, v } = self.project(x)?;
         let context = by_heads(&q, |start, heads| {
             let part = |x: &Tensor| x.narrow(0, start, heads);
             Ok([probabilities(&part(&q)?, &part(&k)?)?.matmul(&part(&v)?)?])
         })?;
         let [context] = context;
         Ok((self.out.forward(&self.join(&context)?)?, AttentionTape { q, k, v }))
+    }
+
+    /// `(B, N, D)` to `(B, N, D)`, each token attending to itself and to those before it. Without a
+    /// gradient: of the towers, only text encoders are causal.
+    pub fn forward_causal(&self, x: &Tensor) -> Result<Tensor> {
+        let AttentionTape { q, k, v } = self.project(x)?;
+        let tokens = q.dim(1)?;
+        let later =
+            (0..tokens * tokens).map(|i| if i % tokens > i / tokens { f32::NEG_INFINITY } else { 0.0 });
+        let mask = Tensor::from_iter(later, q.device())?.reshape((tokens, tokens))?.to_dtype(q.dtype())?;
+        let [context] = by_heads(&q, |start, heads| {
+            let part = |x: &Tensor| x.narrow(0, start, heads);
+            let scores = part(&q)?.matmul(&part(&k)?.t()?)?.broadcast_add(&mask)?;
+            Ok([softmax(scores)?.matmul(&part(&v)?)?])
+        })?;
+        self.out.forward(&self.join(&context)?)
     }
 
     /// The gradient at the output to that at the input, both `(B, N, D)`.
@@ -92,7 +115,11 @@ impl Attention {
 
 /// softmax(q k^T), `(B h, N, N)`.
 fn probabilities(q: &Tensor, k: &Tensor) -> Result<Tensor> {
-    let scores = q.matmul(&k.t()?)?;
+    softmax(q.matmul(&k.t()?)?)
+}
+
+/// softmax over the last dimension of `scores`, which must be nobody else's.
+fn softmax(scores: Tensor) -> Result<Tensor> {
     if fused::applies(&scores) {
         fused::softmax(&scores)?;
         return Ok(scores);
