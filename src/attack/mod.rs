@@ -7,7 +7,7 @@
 //! - a [`Classifier`] (a tower with a zero-shot head: [`TowerClassifier`]) or the tower's features
 //!   alone ([`FeatureObjective`], for models that read patch tokens, such as LLaVA);
 //! - an [`Objective`]: what is to grow, picture by picture, with its gradient at the pixels;
-//! - an attack that climbs it: [`Maximise`] takes any objective (PGD), [`Attack`] takes a
+//! - an attack that climbs it: [`Maximise`] takes any objective ([`Pgd`]), [`Attack`] takes a
 //!   labelled task ([`Classification`]) and is what AutoAttack strings together;
 //! - a result that knows what it is: [`Crafted`] names the model it was made on, and becomes a
 //!   figure ([`Scored`]) only together with its [`Threat`].
@@ -22,6 +22,7 @@ mod eps;
 mod feature;
 mod loss;
 mod objective;
+mod pgd;
 mod pictures;
 mod quantise;
 mod random;
@@ -36,6 +37,7 @@ pub use loss::{Loss, LossValues};
 pub use objective::{
     Classification, ClassificationObjective, Classifier, Evaluation, Goal, Objective, in_batches,
 };
+pub use pgd::Pgd;
 pub use pictures::{Pictures, key};
 pub use quantise::quantise;
 pub use random::{picture_rng, uniform};
