@@ -43,9 +43,10 @@
 //! ```
 //!
 //! Without the `engine` feature (on by default) the library builds without mistral.rs: pictures,
-//! towers with gradients, text encoders, the defence and anchors.
+//! towers with gradients, text encoders, the defence, anchors and attacks.
 #![deny(missing_docs)]
 
+pub mod attack;
 pub mod defense;
 #[cfg(feature = "engine")]
 pub mod engine;

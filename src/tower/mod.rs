@@ -179,3 +179,27 @@ pub trait VisionTower: Send + Sync {
     /// anchor is asked for where none is put in.
     fn vjp(&self, tape: &Self::Tape, cotangent: &Cotangent, wrt: Wrt) -> Result<Gradients>;
 }
+
+impl<T: VisionTower> VisionTower for &T {
+    type Tape = T::Tape;
+
+    fn spec(&self) -> &TowerSpec {
+        (**self).spec()
+    }
+
+    fn device(&self) -> &Device {
+        (**self).device()
+    }
+
+    fn forward(&self, pixels: &Tensor, want: &Want) -> Result<Features> {
+        (**self).forward(pixels, want)
+    }
+
+    fn forward_tape(&self, pixels: &Tensor, want: &Want) -> Result<(Features, Self::Tape)> {
+        (**self).forward_tape(pixels, want)
+    }
+
+    fn vjp(&self, tape: &Self::Tape, cotangent: &Cotangent, wrt: Wrt) -> Result<Gradients> {
+        (**self).vjp(tape, cotangent, wrt)
+    }
+}

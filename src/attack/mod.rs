@@ -1,0 +1,126 @@
+//! Attacks: pictures close to given ones that a model gets wrong.
+//!
+//! An attack lives on pixels `(B, 3, H, W)` f32 in [0, 1], before the defence's filter and the
+//! normalisation, and stays in the ball |x' - x| <= eps ([`Eps`], in the same units) and in the
+//! box [0, 1]. It is built from four parts:
+//!
+//! - a [`Classifier`] (a tower with a zero-shot head: [`TowerClassifier`]) or the tower's features
+//!   alone ([`FeatureObjective`], for models that read patch tokens, such as LLaVA);
+//! - an [`Objective`]: what is to grow, picture by picture, with its gradient at the pixels;
+//! - an attack that climbs it: [`Maximise`] takes any objective ([`Pgd`]), [`Attack`] takes a
+//!   labelled task ([`Classification`]) and is what AutoAttack strings together;
+//! - a result that knows what it is: [`Crafted`] names the model it was made on, and becomes a
+//!   figure ([`Scored`]) only together with its [`Threat`].
+//!
+//! Whatever an attack draws at random is keyed by the picture ([`Pictures`]), and a tower on a CPU
+//! is given one picture at a time, so a picture's result does not depend on its batch.
+
+mod ball;
+mod classifier;
+mod crafted;
+mod eps;
+mod feature;
+mod loss;
+mod objective;
+mod pgd;
+mod pictures;
+mod quantise;
+mod random;
+mod threat;
+
+pub use ball::Ball;
+pub use classifier::{CosineHead, Head, TowerClassifier};
+pub use crafted::{Crafted, Outcome, Recipe, Scored};
+pub use eps::Eps;
+pub use feature::{Direction, Feature, FeatureObjective};
+pub use loss::{Loss, LossValues};
+pub use objective::{
+    Classification, ClassificationObjective, Classifier, Evaluation, Goal, Objective, in_batches,
+};
+pub use pgd::Pgd;
+pub use pictures::{Pictures, key};
+pub use quantise::quantise;
+pub use random::{picture_rng, uniform};
+pub use threat::{Subject, Threat, ThreatChoice, ThreatKind};
+
+use crate::Result;
+
+/// How far an attack is.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Progress {
+    /// Steps done.
+    pub step: usize,
+    /// Steps in all.
+    pub steps: usize,
+    /// Pictures under attack in this step.
+    pub active: usize,
+    /// Pictures of those the attack began with that it has fooled so far; `None` where the
+    /// objective knows no success.
+    pub fooled: Option<usize>,
+}
+
+/// An attack that climbs any objective.
+pub trait Maximise {
+    /// The attack's name in results: `pgd`.
+    fn name(&self) -> &'static str;
+
+    /// Crafts a picture for every picture chosen in `pictures`; the others are returned unchanged.
+    ///
+    /// # Errors
+    /// If a parameter is out of range, `pictures` and `objective` do not go together, or the
+    /// model fails.
+    fn maximise(
+        &self,
+        objective: &dyn Objective,
+        pictures: &Pictures,
+        seed: u64,
+        progress: &mut dyn FnMut(&Progress),
+    ) -> Result<Crafted>;
+}
+
+/// An attack on a labelled task.
+pub trait Attack {
+    /// The attack's name in results: `pgd`, `apgd-ce`.
+    fn name(&self) -> &str;
+
+    /// Crafts a picture for every picture chosen in `pictures`; the others are returned unchanged.
+    ///
+    /// # Errors
+    /// As [`Maximise::maximise`].
+    fn craft(
+        &self,
+        task: &Classification,
+        pictures: &Pictures,
+        seed: u64,
+        progress: &mut dyn FnMut(&Progress),
+    ) -> Result<Crafted>;
+}
+
+/// A [`Maximise`] with the untargeted loss it climbs: PGD on the cross-entropy is PGD, on the
+/// margin with kappa 0 it is the CSR authors' C&W.
+#[derive(Debug, Clone, PartialEq)]
+pub struct OnLoss<M> {
+    /// The name in results.
+    pub name: String,
+    /// What climbs.
+    pub maximise: M,
+    /// What it climbs.
+    pub loss: Loss,
+}
+
+impl<M: Maximise> Attack for OnLoss<M> {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn craft(
+        &self,
+        task: &Classification,
+        pictures: &Pictures,
+        seed: u64,
+        progress: &mut dyn FnMut(&Progress),
+    ) -> Result<Crafted> {
+        let objective = task.objective(self.loss)?;
+        Ok(self.maximise.maximise(&objective, pictures, seed, progress)?.named(&self.name))
+    }
+}
