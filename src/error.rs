@@ -25,6 +25,14 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
+    /// A file or folder to be written is there already.
+    #[error("cannot write `{}`: it exists already", path.display())]
+    Exists {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the user may do.
+        hint: String,
+    },
     /// A picture is over one of the limits of [`crate::image::DecodeLimits`].
     #[error("picture `{name}` has {found} {unit}, the limit is {limit}")]
     PictureTooLarge {
@@ -125,7 +133,7 @@ impl Error {
     /// What the user may do about this error, where that is known.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::AnchorMismatch { hint, .. } => Some(hint.clone()),
+            Self::AnchorMismatch { hint, .. } | Self::Exists { hint, .. } => Some(hint.clone()),
             Self::PictureTooLarge { unit: "pixels", .. } => {
                 Some("scale the picture down, or raise `--max-pixels`".into())
             }

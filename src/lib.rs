@@ -48,9 +48,11 @@
 
 pub mod attack;
 pub mod defense;
+pub mod demo;
 #[cfg(feature = "engine")]
 pub mod engine;
 mod error;
+pub mod eval;
 pub mod image;
 pub mod model;
 pub mod pocket;

@@ -7,6 +7,7 @@ use hf_hub::{Cache, Repo, RepoType};
 use serde_json::Value;
 
 use crate::image::{Contract, Preprocess};
+use crate::pocket::built_in;
 use crate::text::{ClipText, TextConfig};
 use crate::tower::clip::{Clip, ClipConfig, checkpoint_fingerprint, feature_block};
 use crate::tower::weights::Checkpoint;
@@ -48,8 +49,9 @@ pub struct Model {
 }
 
 impl Model {
-    /// Finds a model: a folder with a `config.json`, or a Hub id `organisation/name`, from the
-    /// cache or, unless offline, from the Hub.
+    /// Finds a model: a built-in one ([`crate::pocket::built_in`]: `pocket` is the LLaVA,
+    /// `pocket-clip` the CLIP; a folder of that name is `./pocket`), a folder with a `config.json`,
+    /// or a Hub id `organisation/name`, from the cache or, unless offline, from the Hub.
     ///
     /// Honours `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_TOKEN`, `HF_TOKEN_PATH` and
     /// `HF_HUB_OFFLINE`.
@@ -58,14 +60,16 @@ impl Model {
     /// If neither exists, a file is missing, or its `model_type` is none of [`ModelKind`].
     pub fn find(name: &str, lookup: &Lookup) -> Result<Self> {
         let local = Path::new(name);
-        let folder = if local.is_dir() {
+        let folder = if let Some(folder) = built_in::folder(name)? {
+            folder
+        } else if local.is_dir() {
             local.to_path_buf()
         } else if is_hub_id(name) {
             hub_folder(name, lookup)?
         } else {
             return Err(Error::Model {
                 model: name.into(),
-                reason: "no such folder, and not a Hub id `organisation/name`".into(),
+                reason: "no such folder, no built-in model, and not a Hub id `organisation/name`".into(),
             });
         };
         let path = folder.join("config.json");

@@ -1,6 +1,7 @@
 use candle_core::{D, DType, Tensor};
 
 use super::{Classifier, Subject};
+use crate::text::ZeroShotHead;
 use crate::tower::{Cotangent, Features, VisionTower, Want, Wrt};
 use crate::{Error, Result};
 
@@ -52,6 +53,18 @@ impl CosineHead {
             return Err(Error::argument("class weights", "rows of positive length", "another"));
         }
         Ok(Self { weights: weights.broadcast_div(&lengths)?, scale })
+    }
+}
+
+impl Head for ZeroShotHead {
+    fn classes(&self) -> usize {
+        self.classes.len()
+    }
+    fn logits(&self, embeds: &Tensor) -> Result<Tensor> {
+        ZeroShotHead::logits(self, embeds)
+    }
+    fn vjp(&self, embeds: &Tensor, cotangent: &Tensor) -> Result<Tensor> {
+        ZeroShotHead::vjp(self, embeds, cotangent)
     }
 }
 

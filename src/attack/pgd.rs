@@ -150,8 +150,9 @@ impl Finished {
         };
         for &i in done {
             let row = walk.rows[i];
-            // A copy: a view would keep the whole batch alive.
-            self.pixels[row] = pixels.narrow(0, i, 1)?.copy()?;
+            // Its own storage: a view would keep the whole batch alive, and so would `copy`, which
+            // copies all of it.
+            self.pixels[row] = pixels.narrow(0, i, 1)?.force_contiguous()?;
             self.outcomes[row].loss = Some(evaluation.loss[i]);
             self.outcomes[row].fooled = evaluation.fooled.as_ref().map(|fooled| fooled[i]);
         }

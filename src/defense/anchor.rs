@@ -107,6 +107,17 @@ pub struct Anchor {
 }
 
 impl Anchor {
+    /// A built-in anchor by its name, or an anchor file.
+    ///
+    /// # Errors
+    /// As [`Anchor::load`].
+    pub fn find(name: &Path) -> Result<Self> {
+        match name.to_str().filter(|name| super::built_in::names().any(|built_in| built_in == *name)) {
+            Some(name) => super::built_in::anchor(name),
+            None => Self::load(name),
+        }
+    }
+
     /// Reads and checks an anchor file.
     ///
     /// # Errors
@@ -126,7 +137,7 @@ impl Anchor {
         Self::parse(&bytes).map_err(|reason| fail(shown(&reason)))
     }
 
-    fn parse(bytes: &[u8]) -> std::result::Result<Self, String> {
+    pub(super) fn parse(bytes: &[u8]) -> std::result::Result<Self, String> {
         let damaged = |e: safetensors::SafeTensorError| format!("is not a complete safetensors file: {e}");
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(damaged)?;
         let file = SafeTensors::deserialize(bytes).map_err(damaged)?;

@@ -5,6 +5,7 @@
 
 pub mod acquire;
 pub mod anchor;
+pub mod built_in;
 mod fra;
 mod gif;
 
@@ -32,7 +33,7 @@ pub enum AnchorChoice {
     /// The tower's own, from a white picture.
     #[default]
     TrainingFree,
-    /// An anchor file.
+    /// A built-in anchor by its name ([`built_in`]), or an anchor file.
     File(PathBuf),
 }
 
@@ -85,7 +86,7 @@ impl DefenseOptions {
                 Some((acquire::training_free(tower)?, alpha, beta))
             }
             AnchorChoice::File(path) => {
-                let anchor = Anchor::load(path)?;
+                let anchor = Anchor::find(path)?;
                 anchor.check(spec, &fingerprint()?, self.allow_mismatch)?;
                 cutoff = anchor.meta.cutoff;
                 defense.anchor = Some(path.display().to_string());

@@ -5,6 +5,8 @@
 //! tiny CLIP and a tiny LLaVA without a single downloaded picture. Surfaces carry fine texture (fur,
 //! scales, wood grain), which an undefended network leans on as it does on photographs.
 //!
+//! A [`Dataset`] is a folder of scenes in the formats of V-Attack, COCO and CLIP_benchmark.
+//!
 //! Everything but the resolution follows from (split, seed, index); the splits never share a
 //! random stream.
 //!
@@ -21,10 +23,13 @@
 //! # }
 //! ```
 
+pub mod built_in;
+mod dataset;
 mod draft;
 mod objects;
 mod places;
 mod render;
+pub mod score;
 mod texture;
 pub mod training;
 mod words;
@@ -33,6 +38,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 use crate::{Error, Result};
+pub use dataset::Dataset;
 use draft::Rgb;
 
 /// The sides [`draw`] takes, in pixels.
@@ -47,6 +53,28 @@ pub enum Split {
     Validation,
     /// For reported numbers.
     Test,
+}
+
+impl Split {
+    /// Its name: `train`, `validation` or `test`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Train => "train",
+            Self::Validation => "validation",
+            Self::Test => "test",
+        }
+    }
+}
+
+impl std::str::FromStr for Split {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        [Self::Train, Self::Validation, Self::Test]
+            .into_iter()
+            .find(|split| split.name() == text)
+            .ok_or_else(|| Error::argument("split", "train, validation or test", text))
+    }
 }
 
 /// A kind of object.

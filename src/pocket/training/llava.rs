@@ -34,6 +34,18 @@ const EPS: f64 = 1e-5;
 const THETA: f64 = 10_000.0;
 const END: u32 = 2;
 const IMAGE_TOKEN: u32 = 4;
+/// The shipped model's plan.
+pub const PLAN: Plan = Plan {
+    steps: 1400,
+    until: None,
+    group: 16,
+    groups: 4,
+    rate: 2e-3,
+    warmup: 100,
+    weight_decay: 0.01,
+    seed: 1,
+};
+
 /// Questions per picture and step.
 const QUESTIONS: usize = 5;
 
@@ -87,7 +99,7 @@ fn talk(tokenizer: &Tokenizer, scene: &Scene, rng: &mut ChaCha8Rng, before: usiz
     for i in (1..asked.len()).rev() {
         asked.swap(i, rng.next_u32() as usize % (i + 1));
     }
-    let turns = rng.next_u32() % 4 == 0;
+    let turns = rng.next_u32().is_multiple_of(4);
     let mut talk =
         Talk { tokens: vec![], positions: vec![], branches: vec![], targets: vec![], answers: vec![] };
     for (i, (question, answer)) in asked.into_iter().enumerate() {
@@ -136,6 +148,12 @@ fn answer(
     let (mut tokens, mut mask) = (Vec::new(), vec![-1e9f32; batch * n * n]);
     let (mut cos, mut sin) = (Vec::with_capacity(batch * HEADS * n * HEAD), Vec::new());
     let (mut rows, mut targets) = (Vec::new(), Vec::new());
+    // A position's angles, as cosine and sine.
+    let angle = |i: usize| {
+        let angle = (i / (HEAD / 2)) as f64 * THETA.powf(-((i % (HEAD / 2)) as f64) * 2.0 / HEAD as f64);
+        (angle.cos() as f32, angle.sin() as f32)
+    };
+    let angles: Vec<(f32, f32)> = (0..n * HEAD / 2).map(angle).collect();
     for (b, talk) in talks.iter().enumerate() {
         tokens
             .extend(talk.tokens.iter().copied().chain(std::iter::repeat_n(END, longest - talk.tokens.len())));
@@ -152,10 +170,10 @@ fn answer(
             for i in 0..n {
                 let position =
                     i.checked_sub(before).and_then(|i| talk.positions.get(i)).copied().unwrap_or(i);
-                for k in 0..HEAD {
-                    let angle = position as f64 * THETA.powf(-((k % (HEAD / 2)) as f64) * 2.0 / HEAD as f64);
-                    cos.push(angle.cos() as f32);
-                    sin.push(angle.sin() as f32);
+                let angles = &angles[position * HEAD / 2..(position + 1) * HEAD / 2];
+                for _ in 0..2 {
+                    cos.extend(angles.iter().map(|(cos, _)| cos));
+                    sin.extend(angles.iter().map(|(_, sin)| sin));
                 }
             }
         }

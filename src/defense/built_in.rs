@@ -1,0 +1,24 @@
+//! Anchors inside the binary; `anchors/README.md` has a card for each.
+
+use super::Anchor;
+use crate::{Error, Result};
+
+/// Name and file of every built-in anchor.
+static ANCHORS: &[(&str, &[u8])] =
+    &[("pocket-white", include_bytes!("../../anchors/pocket-white.safetensors"))];
+
+/// The built-in anchors' names.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    ANCHORS.iter().map(|(name, _)| *name)
+}
+
+/// The built-in anchor `name`.
+///
+/// # Errors
+/// If there is none of that name.
+pub fn anchor(name: &str) -> Result<Anchor> {
+    let found = ANCHORS.iter().find(|(built_in, _)| *built_in == name);
+    let (_, bytes) =
+        found.ok_or_else(|| Error::argument("anchor", names().collect::<Vec<_>>().join(" or "), name))?;
+    Anchor::parse(bytes).map_err(|reason| Error::Anchor { path: name.into(), reason })
+}
