@@ -24,7 +24,7 @@ enum Command {
     Extract(Extract),
     /// Print what an anchor file says of itself
     Show {
-        /// The anchor file
+        /// The anchor file, or a built-in anchor's name
         file: PathBuf,
     },
     /// Say whether an anchor fits a model
@@ -51,7 +51,7 @@ struct Extract {
 
 #[derive(Args)]
 struct Check {
-    /// The anchor file
+    /// The anchor file, or a built-in anchor's name
     file: PathBuf,
     #[command(flatten)]
     model: ModelOptions,
@@ -65,7 +65,7 @@ impl Anchor {
         match self.command {
             Command::Extract(extract) => extract.run(global),
             Command::Show { file } => {
-                let anchor = defense::Anchor::load(&file)?;
+                let anchor = defense::Anchor::find(&file)?;
                 print(global, Value::Object(fields(&anchor)?), &table(&anchor)?)?;
                 Ok(ExitCode::SUCCESS)
             }
@@ -116,7 +116,7 @@ impl Extract {
 
 impl Check {
     fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
-        let anchor = defense::Anchor::load(&self.file)?;
+        let anchor = defense::Anchor::find(&self.file)?;
         let model = self.model.find()?;
         let checked = anchor.check(&model.tower_config()?.spec(), &model.fingerprint()?, self.allow_mismatch);
         let mut json = fields(&anchor)?;

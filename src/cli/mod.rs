@@ -6,7 +6,12 @@
 mod anchor;
 #[cfg(feature = "engine")]
 mod chat;
+#[cfg(feature = "engine")]
+mod demo;
 mod options;
+mod pocket;
+mod pocket_score;
+mod pocket_train;
 #[cfg(feature = "engine")]
 mod serve;
 
@@ -43,13 +48,16 @@ struct Global {
     /// Print more of what happens; twice for everything
     #[arg(short, long, global = true, action = ArgAction::Count, conflicts_with = "quiet")]
     verbose: u8,
-    /// Seed of everything that is drawn at random (the commands so far draw nothing)
+    /// Seed of everything that is drawn at random
     #[arg(long, global = true, default_value_t = 0, value_name = "N")]
     seed: u64,
 }
 
 #[derive(Subcommand)]
 enum Command {
+    /// See the whole story on the built-in model: attacks, and what the defence does
+    #[cfg(feature = "engine")]
+    Demo(demo::Demo),
     /// Ask a model about pictures
     #[cfg(feature = "engine")]
     Chat(chat::Chat),
@@ -58,6 +66,8 @@ enum Command {
     Serve(serve::Serve),
     /// Make, show and check robustness anchors
     Anchor(anchor::Anchor),
+    /// The pocket world: draw its pictures, train its models, score them
+    Pocket(pocket::Pocket),
 }
 
 /// Runs the command line.
@@ -74,10 +84,13 @@ pub fn main() -> ExitCode {
     logging(&cli.global);
     let result = match cli.command {
         #[cfg(feature = "engine")]
+        Command::Demo(demo) => demo.run(&cli.global),
+        #[cfg(feature = "engine")]
         Command::Chat(chat) => chat.run(&cli.global),
         #[cfg(feature = "engine")]
         Command::Serve(serve) => serve.run(&cli.global),
         Command::Anchor(anchor) => anchor.run(&cli.global),
+        Command::Pocket(pocket) => pocket.run(&cli.global),
     };
     match result {
         Ok(code) => code,
@@ -108,7 +121,16 @@ fn report(error: &anyhow::Error) -> ExitCode {
         // Whoever read our output has enough.
         return ExitCode::SUCCESS;
     }
-    eprintln!("error: {}", format!("{error:#}").replace('\n', " "));
+    // Our messages hold their cause's already; the chain would say it twice.
+    let mut line = String::new();
+    for text in error.chain().map(ToString::to_string) {
+        if line.is_empty() {
+            line = text;
+        } else if !line.ends_with(&text) {
+            line = format!("{line}: {text}");
+        }
+    }
+    eprintln!("error: {}", line.replace('\n', " "));
     let cause = error.downcast_ref::<radapt::Error>();
     if let Some(hint) = cause.and_then(radapt::Error::hint) {
         eprintln!("hint: {hint}");
@@ -118,16 +140,31 @@ fn report(error: &anyhow::Error) -> ExitCode {
 
 impl Global {
     /// A line about what happens, unless quiet.
-    #[cfg(feature = "engine")]
     fn say(&self, line: impl std::fmt::Display) {
         if !self.quiet {
             eprintln!("{line}");
         }
     }
 
+    /// Whether something may move on stderr.
+    fn moves(&self) -> bool {
+        !self.quiet && self.verbose == 0 && std::io::stderr().is_terminal()
+    }
+
+    /// A bar of `length` steps on a terminal, nothing elsewhere.
+    fn bar(&self, message: impl Into<std::borrow::Cow<'static, str>>, length: u64) -> ProgressBar {
+        if !self.moves() {
+            return ProgressBar::hidden();
+        }
+        ProgressBar::new(length).with_message(message).with_style(
+            ProgressStyle::with_template("{msg} {bar:40} {pos}/{len}, {eta} left")
+                .unwrap_or_else(|_| ProgressStyle::default_bar()),
+        )
+    }
+
     /// A spinner on a terminal, nothing elsewhere.
     fn spinner(&self, message: &str) -> ProgressBar {
-        if self.quiet || self.verbose > 0 || !std::io::stderr().is_terminal() {
+        if !self.moves() {
             return ProgressBar::hidden();
         }
         let spinner = ProgressBar::new_spinner().with_message(message.to_string());

@@ -8,13 +8,14 @@ use radapt::image::Contract;
 #[cfg(feature = "engine")]
 use radapt::image::DecodeLimits;
 use radapt::model::{Lookup, Model};
+use radapt::pocket::built_in::POCKET;
 use radapt::{Error, Result};
 
 /// Which model, and how it is held.
 #[derive(Args, Clone)]
 pub struct ModelOptions {
-    /// A folder or a Hub id such as llava-hf/llava-1.5-7b-hf
-    #[arg(long, value_name = "MODEL", env = "RADAPT_MODEL")]
+    /// A folder, a Hub id such as llava-hf/llava-1.5-7b-hf, or the built-in pocket
+    #[arg(long, value_name = "MODEL", env = "RADAPT_MODEL", default_value = POCKET)]
     pub model: String,
     /// A branch, tag or commit on the Hub
     #[arg(long, value_name = "REVISION")]
@@ -85,7 +86,7 @@ pub fn argument(what: &str, expected: &str, found: &str) -> Error {
 #[derive(Args, Clone)]
 #[command(next_help_heading = "Defence")]
 pub struct DefenseFlags {
-    /// An anchor file, training-free, or none for the undefended model
+    /// An anchor file, a built-in anchor's name, training-free, or none for the undefended model
     #[arg(long, value_name = "ANCHOR", default_value = "training-free")]
     anchor: String,
     /// The anchor's factor, instead of the anchor's own
