@@ -196,3 +196,21 @@ fn the_demo_tells_the_story_with_both_threat_models() {
         html.contains("transfer") && html.contains("adaptive") && html.contains("data:image/png;base64,")
     );
 }
+
+#[cfg(feature = "engine")]
+#[test]
+fn the_demo_refuses_what_it_cannot_do_before_it_begins() {
+    for (arguments, code, says) in [
+        (&["demo", "--pictures", "0"][..], 2, "--pictures"),
+        (&["demo", "--anchor", "none"][..], 2, "--anchor"),
+        (&["demo", "--eps", "300/255"][..], 2, "--eps"),
+        (&["demo", "--out", "/nowhere/at/all.html"][..], 1, "/nowhere/at/all.html"),
+        (&["demo", "--model", "pocket-clip"][..], 1, "pocket-clip"),
+    ] {
+        let output = radapt(arguments);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {said}");
+        assert!(said.contains(says), "{arguments:?}: {said}");
+        assert!(output.stdout.is_empty());
+    }
+}

@@ -1,14 +1,16 @@
 //! `radapt demo`
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
 
 use radapt::attack::Eps;
 use radapt::demo::{Demo as Run, Stage, page, report};
+use radapt::model::{Lookup, Model};
+use radapt::pocket::built_in::POCKET;
 
-use super::options::{DefenseFlags, ModelOptions};
+use super::options::DefenseFlags;
 use super::{Global, print};
 
 /// See the whole story on the built-in pocket model: pictures, attacks on them, and what the
@@ -30,8 +32,9 @@ pub struct Demo {
     /// Where to write the page
     #[arg(long, value_name = "FILE", default_value = "radapt-demo.html")]
     out: PathBuf,
-    #[command(flatten)]
-    model: ModelOptions,
+    /// A LLaVA that knows the pocket world: a folder, or the built-in one
+    #[arg(long, value_name = "MODEL", default_value = POCKET)]
+    model: String,
     #[command(flatten)]
     defense: DefenseFlags,
 }
@@ -39,7 +42,7 @@ pub struct Demo {
 impl Demo {
     pub fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
         let demo = Run {
-            model: self.model.find()?,
+            model: Model::find(&self.model, &Lookup { offline: true, ..Lookup::default() })?,
             defense: self.defense.options(),
             pictures: self.pictures,
             eps: self.eps,
@@ -50,6 +53,7 @@ impl Demo {
                 .collect::<Vec<_>>()
                 .join(" "),
         };
+        writable(&self.out)?;
         let bar = global.bar("", 0);
         let mut stage = "";
         let mut told = |now: Stage| {
@@ -75,6 +79,17 @@ impl Demo {
         global.say(format_args!("pictures and answers: {}", self.out.display()));
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// Refuses a file that cannot be written before all the work, not after.
+fn writable(path: &Path) -> radapt::Result<()> {
+    let existed = path.exists();
+    let opened = std::fs::File::options().create(true).append(true).open(path);
+    opened.map_err(|source| radapt::Error::Write { path: path.into(), source })?;
+    if !existed {
+        let _ = std::fs::remove_file(path);
+    }
+    Ok(())
 }
 
 /// The first pictures with what was said of them.

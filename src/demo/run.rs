@@ -12,7 +12,7 @@ use crate::defense::DefenseOptions;
 use crate::engine::{Engine, EngineOptions, Role, Sampling, Turn};
 use crate::eval::wilson;
 use crate::image::{pixels_from_rgb, rgb_from_pixels};
-use crate::model::Model;
+use crate::model::{Model, ModelKind};
 use crate::pocket::training::words::DESCRIBE;
 use crate::pocket::{KINDS, Scene, Split, draw};
 use crate::tower::VisionTower;
@@ -65,6 +65,10 @@ impl Demo {
         let start = Instant::now();
         if self.pictures == 0 {
             return Err(Error::argument("--pictures", "at least 1", 0));
+        }
+        if self.model.kind != ModelKind::Llava {
+            let reason = "is no LLaVA-1.5, which the demo asks about its pictures".into();
+            return Err(Error::Model { model: self.model.name.clone(), reason });
         }
         let preprocess = self.model.preprocess(None)?;
         let undefended = self.model.tower(&preprocess, None, &Device::Cpu)?;
