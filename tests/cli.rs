@@ -560,7 +560,7 @@ mod chat {
             ask(what, &good, extra, 2, says);
         }
         fails("json without a question", &["chat", "--model", &good, "--json"], 2, "--json");
-        fails("no model", &["chat", "What is it?"], 2, "--model");
+        fails("no model", &["chat", "--model", "pocket-bus", "What is it?"], 1, "built-in model");
         fails("no command", &["paint"], 2, "paint");
     }
 }

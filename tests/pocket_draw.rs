@@ -47,7 +47,10 @@ fn rows(value: &Value) -> &[Value] {
 }
 
 fn keys(value: &Value) -> Vec<&str> {
-    value.as_object().expect("an object").keys().map(String::as_str).collect()
+    // serde_json sorts keys or keeps their order, as some other crate's features have it.
+    let mut keys: Vec<&str> = value.as_object().expect("an object").keys().map(String::as_str).collect();
+    keys.sort_unstable();
+    keys
 }
 
 /// Every file below a folder, by its path inside.
