@@ -68,4 +68,13 @@ fn a_folder_is_of_one_plan() {
     clip::train(&plan, folder.path(), &mut |_| ()).unwrap();
     let error = clip::train(&Plan { seed: 2, ..plan }, folder.path(), &mut |_| ()).unwrap_err();
     assert!(error.to_string().contains("plan.json"), "{error}");
+
+    // And a LLaVA's is of one CLIP.
+    let other = folder.path().join("model");
+    let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("pocket/clip");
+    let llava_folder = tempfile::tempdir().unwrap();
+    let plan = Plan { steps: 1, group: 2, groups: 1, warmup: 1, ..llava::PLAN };
+    llava::train(&plan, &shipped, llava_folder.path(), &mut |_| ()).unwrap();
+    let error = llava::train(&plan, &other, llava_folder.path(), &mut |_| ()).unwrap_err();
+    assert!(error.to_string().contains("another CLIP"), "{error}");
 }

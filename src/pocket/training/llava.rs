@@ -309,6 +309,8 @@ fn prepare(plan: &Plan, clip: &Path, model: &Path) -> Result<(Fixed, Parameters)
 pub fn train(plan: &Plan, clip: &Path, folder: &Path, told: &mut dyn FnMut(&Step)) -> Result<()> {
     let model = folder.join("model");
     let (fixed, mut parameters) = prepare(plan, clip, &model)?;
+    let tower = Model::find(&clip.display().to_string(), &Lookup::default())?.fingerprint()?;
+    super::check_same(&folder.join("tower"), &tower, "is of a run on another CLIP; use another folder")?;
     super::run(
         plan,
         folder,

@@ -118,8 +118,9 @@ fn run(
         lines.push(Step { step, loss: loss / n, accuracy: 100.0 * right / n });
         told(&lines[lines.len() - 1]);
         if step % 100 == 0 || step == end {
-            parameters.save(&state, step)?;
+            // The state last: lines beyond it are done again, lines before it could not be.
             write_losses(&log, &lines)?;
+            parameters.save(&state, step)?;
         }
     }
     Ok(())
@@ -128,9 +129,14 @@ fn run(
 /// A folder belongs to one plan; another one would spoil it without a word.
 fn check_plan(plan: &Plan, path: &Path) -> Result<()> {
     let text = serde_json::to_string_pretty(plan).map_err(candle_core::Error::wrap)?;
+    check_same(path, &text, "is of a run with another plan; use another folder")
+}
+
+/// Writes `text` where there is none yet, and refuses any other text.
+fn check_same(path: &Path, text: &str, reason: &str) -> Result<()> {
     match std::fs::read_to_string(path) {
         Ok(found) if found == text => Ok(()),
-        Ok(_) => Err(Error::config(path, "is of a run with another plan; use another folder".to_string())),
+        Ok(_) => Err(Error::config(path, reason)),
         Err(_) => write_whole(path, text.as_bytes()),
     }
 }
