@@ -44,10 +44,8 @@ impl CustomOp2 for AddBias {
         l2: &Layout,
     ) -> Candle<(CpuStorage, Shape)> {
         let (x, bias) = (values(s1, l1)?, values(s2, l2)?);
-        let mut out = Vec::with_capacity(x.len());
-        for row in x.chunks_exact(bias.len()) {
-            out.extend(row.iter().zip(bias).map(|(x, b)| x + b));
-        }
+        let mut out = x.to_vec();
+        out.chunks_exact_mut(bias.len()).for_each(|row| fused::bias_row(row, bias));
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
     fn bwd(
@@ -88,14 +86,9 @@ impl CustomOp3 for Norm {
         l3: &Layout,
     ) -> Candle<(CpuStorage, Shape)> {
         let (x, weight, bias) = (values(s1, l1)?, values(s2, l2)?, values(s3, l3)?);
-        let mut out = Vec::with_capacity(x.len());
-        let scale = 1.0 / weight.len() as f32;
-        for row in x.chunks_exact(weight.len()) {
-            let mean = row.iter().sum::<f32>() * scale;
-            let variance = row.iter().map(|x| (x - mean) * (x - mean)).sum::<f32>() * scale;
-            let inverse = 1.0 / (variance + self.eps as f32).sqrt();
-            let affine = row.iter().zip(weight).zip(bias);
-            out.extend(affine.map(|((x, w), b)| (x - mean) * inverse * w + b));
+        let mut out = vec![0f32; x.len()];
+        for (out, x) in out.chunks_exact_mut(weight.len()).zip(x.chunks_exact(weight.len())) {
+            fused::norm_row(out, x, weight, bias, self.eps as f32);
         }
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }

@@ -85,6 +85,15 @@ fn sum(row: &[f32], mut f: impl FnMut(usize, f32) -> f32) -> f32 {
     lanes.iter().sum()
 }
 
+/// A row's mean, and 1 over the root of its variance plus `eps`.
+#[inline(always)]
+fn moments(x: &[f32], eps: f32) -> (f32, f32) {
+    let scale = 1.0 / x.len() as f32;
+    let mean = sum(x, |_, x| x) * scale;
+    let variance = sum(x, |_, x| (x - mean) * (x - mean)) * scale;
+    (mean, 1.0 / (variance + eps).sqrt())
+}
+
 vectorised! {
     /// softmax, in place.
     fn softmax_row(row: &mut [f32]) {
@@ -146,10 +155,7 @@ vectorised! {
 vectorised! {
     /// (x - mean) / s w + b
     fn norm_row(out: &mut [f32], x: &[f32], weight: &[f32], bias: &[f32], eps: f32) {
-        let scale = 1.0 / x.len() as f32;
-        let mean = sum(x, |_, x| x) * scale;
-        let variance = sum(x, |_, x| (x - mean) * (x - mean)) * scale;
-        let inverse = 1.0 / (variance + eps).sqrt();
+        let (mean, inverse) = moments(x, eps);
         for (((y, x), w), b) in out.iter_mut().zip(x).zip(weight).zip(bias) {
             *y = (x - mean) * inverse * w + b;
         }
@@ -159,10 +165,7 @@ vectorised! {
 vectorised! {
     /// Adds one row's gradients of a norm's weight and bias.
     fn norm_weights_row(weight: &mut [f32], bias: &mut [f32], x: &[f32], gradient: &[f32], eps: f32) {
-        let scale = 1.0 / x.len() as f32;
-        let mean = sum(x, |_, x| x) * scale;
-        let variance = sum(x, |_, x| (x - mean) * (x - mean)) * scale;
-        let inverse = 1.0 / (variance + eps).sqrt();
+        let (mean, inverse) = moments(x, eps);
         for (((w, b), x), g) in weight.iter_mut().zip(bias).zip(x).zip(gradient) {
             *w += g * (x - mean) * inverse;
             *b += g;
@@ -183,9 +186,7 @@ vectorised! {
     /// (w - mean(w) - x^ mean(w x^)) / s with w = g weight, x^ = (x - mean) / s.
     fn norm_vjp_row(out: &mut [f32], x: &[f32], gradient: &[f32], weight: &[f32], eps: f32) {
         let scale = 1.0 / x.len() as f32;
-        let mean = sum(x, |_, x| x) * scale;
-        let variance = sum(x, |_, x| (x - mean) * (x - mean)) * scale;
-        let inverse = 1.0 / (variance + eps).sqrt();
+        let (mean, inverse) = moments(x, eps);
         let flat = sum(gradient, |i, g| g * weight[i]) * scale;
         let along = sum(gradient, |i, g| g * weight[i] * (x[i] - mean)) * inverse * scale;
         for (((y, x), g), w) in out.iter_mut().zip(x).zip(gradient).zip(weight) {
