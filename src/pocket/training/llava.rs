@@ -14,7 +14,7 @@ use serde_json::json;
 use tokenizers::Tokenizer;
 
 use super::autograd::{Sees, attend, join_heads, linear, log_softmax, split_heads};
-use super::clip::{MEAN, STD, preprocessor_json, vision_json};
+use super::clip::{MEAN, STD, preprocessor_json, vision_config, vision_json};
 use super::parameters::{Leaves, Parameters};
 use super::words::{CHAT_TEMPLATE, DESCRIBE, ids, llava_tokenizer, read_tokenizer};
 use super::{Plan, Share, Step};
@@ -285,6 +285,13 @@ fn prepare(plan: &Plan, clip: &Path, model: &Path) -> Result<(Fixed, Parameters)
     std::fs::create_dir_all(model).map_err(|e| Error::write(model, e))?;
     let path = model.join("tokenizer.json");
     let found = Model::find(&clip.display().to_string(), &Lookup::default())?;
+    // The configuration that is written is the pocket tower's.
+    if found.tower_config()? != vision_config() {
+        return Err(Error::Model {
+            model: found.name,
+            reason: "has another tower than a pocket CLIP".into(),
+        });
+    }
     let mut preprocess = found.preprocess(None)?;
     (preprocess.mean, preprocess.std) = (MEAN, STD);
     let tower = found.tower(&preprocess, None, &Device::Cpu)?;
@@ -329,7 +336,7 @@ fn write(parameters: &Parameters, fixed: &Fixed, clip: &Path, model: &Path) -> R
     let weights = checkpoint.at("", &Device::Cpu);
     for (name, tensor) in fixed.tower.tensors()? {
         let stored = weights.get(&format!("vision_model.{name}"), tensor.dims())?;
-        let values: Vec<half::f16> = stored.flatten_all()?.to_vec1()?;
+        let values: Vec<half::f16> = stored.to_dtype(candle_core::DType::F16)?.flatten_all()?.to_vec1()?;
         let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
         tensors.push((format!("vision_tower.vision_model.{name}"), stored.dims().to_vec(), bytes));
     }
