@@ -84,19 +84,28 @@ impl Score {
             eps: self.eps.clone(),
             steps: self.steps,
         };
+        // The quicker part first: what is wrong with a model shows before the long one.
+        #[cfg(feature = "engine")]
+        let mut rows = answered(&self, &all, global)?;
+        #[cfg(not(feature = "engine"))]
+        let mut rows = Vec::new();
         let bar = global.bar("zero-shot", 0);
-        let rows = zero_shot(&clip, &what, &mut |done, all| {
+        rows.extend(zero_shot(&clip, &what, &mut |done, all| {
             bar.set_length(all);
             bar.set_position(done);
-        })?;
+        })?);
         bar.finish_and_clear();
-        #[cfg(feature = "engine")]
-        let rows = {
-            let mut both = answered(&self, &all, global)?;
-            both.extend(rows);
-            both
-        };
-        let json = json!({"clip": self.clip, "seed": global.seed, "steps": self.steps, "rows": rows});
+        let json = json!({
+            "clip": self.clip,
+            "seed": global.seed,
+            "steps": self.steps,
+            // As asked for; null is the anchor's own.
+            "anchor": self.anchor,
+            "alpha": self.alpha,
+            "beta": self.beta,
+            "cutoff": self.cutoff,
+            "rows": rows,
+        });
         print(global, json, &table(&rows))?;
         Ok(ExitCode::SUCCESS)
     }
