@@ -69,6 +69,10 @@ fn a_folder_is_of_one_plan() {
     let error = clip::train(&Plan { seed: 2, ..plan }, folder.path(), &mut |_| ()).unwrap_err();
     assert!(error.to_string().contains("plan.json"), "{error}");
 
+    let none = Plan { groups: 0, ..plan };
+    let error = clip::train(&none, tempfile::tempdir().unwrap().path(), &mut |_| ()).unwrap_err();
+    assert!(error.to_string().contains("0 groups"), "{error}");
+
     // And a LLaVA's is of one CLIP.
     let other = folder.path().join("model");
     let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("pocket/clip");

@@ -118,40 +118,20 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Resul
     Ok(x.apply_op3(weight, bias, Norm { eps })?)
 }
 
-struct QuickGelu;
+/// Which tokens each token attends to, `(B, N, N)`: 0 for those, minus a large number for others.
+pub type Mask = Arc<Vec<f32>>;
 
-impl CustomOp1 for QuickGelu {
-    fn name(&self) -> &'static str {
-        "quick-gelu"
-    }
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Candle<(CpuStorage, Shape)> {
-        fused::QuickGelu.cpu_fwd(storage, layout)
-    }
-    fn bwd(&self, x: &Tensor, _: &Tensor, g: &Tensor) -> Candle<Option<Tensor>> {
-        Ok(Some(wrap(fused::quick_gelu_vjp(&x.detach(), &g.contiguous()?))?))
-    }
-}
-
-/// x sigmoid(1.702 x)
-pub fn quick_gelu(x: &Tensor) -> Result<Tensor> {
-    Ok(x.apply_op1(QuickGelu)?)
-}
-
-/// Which tokens a token attends to.
-#[derive(Clone)]
-pub enum Sees {
-    /// Every one.
-    All,
-    /// Itself and those before it.
-    Before,
-    /// Those for which `(B, N, N)` has 0 and not minus a large number.
-    Mask(Arc<Vec<f32>>),
+/// Every token, or each one itself and those before it.
+#[cfg(test)]
+pub fn mask(batch: usize, tokens: usize, causal: bool) -> Mask {
+    let at = |i: usize| if causal && i % tokens > i / tokens % tokens { -1e9 } else { 0.0 };
+    Arc::new((0..batch * tokens * tokens).map(at).collect())
 }
 
 /// softmax(scale x) over the last dimension, `(B h, N, N)`.
 struct Softmax {
     scale: f32,
-    sees: Sees,
+    mask: Mask,
 }
 
 impl CustomOp1 for Softmax {
@@ -161,21 +141,11 @@ impl CustomOp1 for Softmax {
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Candle<(CpuStorage, Shape)> {
         let (heads, tokens, width) = layout.shape().dims3()?;
         let mut out = values(storage, layout)?.to_vec();
-        if let Sees::Mask(mask) = &self.sees {
-            let each = heads / (mask.len() / (tokens * width));
-            for (row, i) in out.chunks_exact_mut(width).zip(0..) {
-                let at = (i / tokens / each * tokens + i % tokens) * width;
-                row.iter_mut().zip(&mask[at..at + width]).for_each(|(x, m)| *x = *x * self.scale + m);
-                fused::softmax_row(row);
-            }
-            return Ok((CpuStorage::F32(out), layout.shape().clone()));
-        }
+        let each = heads / (self.mask.len() / (tokens * width));
         for (i, row) in out.chunks_exact_mut(width).enumerate() {
-            let seen = if matches!(self.sees, Sees::Before) { i % tokens + 1 } else { width };
-            let (seen, hidden) = row.split_at_mut(seen);
-            seen.iter_mut().for_each(|x| *x *= self.scale);
-            fused::softmax_row(seen);
-            hidden.fill(0.0);
+            let at = (i / tokens / each * tokens + i % tokens) * width;
+            row.iter_mut().zip(&self.mask[at..at + width]).for_each(|(x, m)| *x = *x * self.scale + m);
+            fused::softmax_row(row);
         }
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
@@ -188,9 +158,9 @@ impl CustomOp1 for Softmax {
 }
 
 /// Attention of heads `(B h, N, d)` each, scores divided by sqrt(d).
-pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, sees: Sees) -> Result<Tensor> {
+pub fn attend(q: &Tensor, k: &Tensor, v: &Tensor, mask: Mask) -> Result<Tensor> {
     let scale = (q.dim(2)? as f32).powf(-0.5);
-    let p = q.matmul(&k.t()?)?.apply_op1(Softmax { scale, sees })?;
+    let p = q.matmul(&k.t()?)?.apply_op1(Softmax { scale, mask })?;
     Ok(p.matmul(v)?)
 }
 
@@ -265,19 +235,12 @@ mod tests {
             },
             &[&[9, 20], &[20], &[20]],
         );
-        same_gradients(
-            |v| quick_gelu(&v[0]),
-            |v| Ok((v[0].as_tensor() * ((v[0].as_tensor() * -1.702)?.exp()? + 1.0)?.recip()?)?),
-            &[&[6, 33]],
-        );
-        let mask = |causal: bool| (0..25).map(move |i| if causal && i % 5 > i / 5 { -1e9 } else { 0.0 });
-        let twice = Sees::Mask(Arc::new(mask(true).chain(mask(true)).collect()));
-        for (causal, sees) in [(false, Sees::All), (true, Sees::Before), (true, twice)] {
+        for causal in [false, true] {
             same_gradients(
-                |v| attend(&v[0], &v[1], &v[2], sees.clone()),
+                |v| attend(&v[0], &v[1], &v[2], mask(2, 5, causal)),
                 |v| {
                     let scores = (v[0].matmul(&v[1].t()?)? * (8f64).powf(-0.5))?;
-                    let mask: Vec<f32> = mask(causal).collect();
+                    let mask = mask(1, 5, causal).to_vec();
                     let e = scores.broadcast_add(&Tensor::from_vec(mask, (5, 5), &Device::Cpu)?)?.exp()?;
                     Ok(e.broadcast_div(&e.sum_keepdim(2)?)?.matmul(&v[2])?)
                 },

@@ -13,7 +13,7 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 use serde_json::json;
 use tokenizers::Tokenizer;
 
-use super::autograd::{Sees, attend, join_heads, linear, log_softmax, split_heads};
+use super::autograd::{attend, join_heads, linear, log_softmax, split_heads};
 use super::clip::{MEAN, STD, preprocessor_json, vision_config, vision_json};
 use super::parameters::{Leaves, Parameters};
 use super::words::{CHAT_TEMPLATE, DESCRIBE, ids, llava_tokenizer, read_tokenizer};
@@ -181,7 +181,7 @@ fn answer(
         targets.extend(talk.targets.iter().map(|(_, token)| *token));
     }
     let tensor = |values: Vec<f32>| Tensor::from_vec(values, (batch * HEADS, n, HEAD), &Device::Cpu);
-    let (cos, sin, sees) = (tensor(cos)?, tensor(sin)?, Sees::Mask(Arc::new(mask)));
+    let (cos, sin, mask) = (tensor(cos)?, tensor(sin)?, Arc::new(mask));
 
     let get = |name: &str| leaves.get(name);
     let project = |x: &Tensor, name: &str| {
@@ -203,7 +203,7 @@ fn answer(
         let head = |name: &str| split_heads(&linear(&h, get(name)?, None)?, batch, HEADS);
         let q = rotate(&head("self_attn.q_proj")?, &cos, &sin)?;
         let k = rotate(&head("self_attn.k_proj")?, &cos, &sin)?;
-        let h = join_heads(&attend(&q, &k, &head("self_attn.v_proj")?, sees.clone())?, batch)?;
+        let h = join_heads(&attend(&q, &k, &head("self_attn.v_proj")?, mask.clone())?, batch)?;
         x = (x + linear(&h, get("self_attn.o_proj")?, None)?)?;
         let h = rms_norm(&x, get("post_attention_layernorm")?)?;
         let h = (linear(&h, get("mlp.gate_proj")?, None)?.silu()? * linear(&h, get("mlp.up_proj")?, None)?)?;

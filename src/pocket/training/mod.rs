@@ -6,12 +6,12 @@
 //! a fixed number of groups, each with its own graph on its own thread; gradients are added in the
 //! groups' order, whatever the number of cores.
 
-pub mod autograd;
+mod autograd;
 pub mod clip;
 pub mod llava;
-pub mod parameters;
-pub mod transformer;
-pub mod words;
+mod parameters;
+mod transformer;
+pub(crate) mod words;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -49,7 +49,7 @@ impl Plan {
         if step <= self.warmup {
             return self.rate * step as f64 / self.warmup as f64;
         }
-        let done = (step - self.warmup) as f64 / (self.steps - self.warmup).max(1) as f64;
+        let done = (step - self.warmup) as f64 / self.steps.saturating_sub(self.warmup).max(1) as f64;
         self.rate * 0.5 * (1.0 + (std::f64::consts::PI * done.min(1.0)).cos())
     }
 
@@ -87,6 +87,10 @@ fn run(
     share: impl Fn(&Parameters, u64, usize) -> Result<Share> + Sync,
     told: &mut dyn FnMut(&Step),
 ) -> Result<()> {
+    if plan.group == 0 || plan.groups == 0 {
+        let found = format!("{} groups of {}", plan.groups, plan.group);
+        return Err(Error::argument("plan", "at least one group of one picture", found));
+    }
     std::fs::create_dir_all(folder).map_err(|e| Error::write(folder, e))?;
     let state = folder.join("state.safetensors");
     let log = folder.join("losses.jsonl");

@@ -87,13 +87,9 @@ impl Parameters {
     }
 
     /// The names in order.
+    #[cfg(test)]
     pub fn names(&self) -> &[String] {
         &self.names
-    }
-
-    /// How many numbers there are in all.
-    pub fn count(&self) -> usize {
-        self.values.iter().map(Vec::len).sum()
     }
 
     /// Adds a weight with given values.

@@ -297,7 +297,7 @@ pub fn add_bias(x: &Tensor, bias: &Tensor) -> Result<()> {
 /// Numbers per task of an elementwise operation.
 const CHUNK: usize = 1 << 14;
 
-pub(crate) struct QuickGelu;
+struct QuickGelu;
 
 impl CustomOp1 for QuickGelu {
     fn name(&self) -> &'static str {
