@@ -165,7 +165,7 @@ fn table(rows: &[Row]) -> String {
             row.task,
             row.defense,
             attacked.map_or("clean", |a| &a.attack),
-            text(attacked.map(|a| a.eps.to_string())),
+            text(attacked.and_then(|a| a.eps).map(|eps| eps.to_string())),
             text(attacked.map(|a| a.threat.to_string())),
             row.n,
             row.value(),

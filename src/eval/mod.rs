@@ -1,5 +1,7 @@
 //! Scoring: figures with their counts, intervals and threat models.
 
 mod row;
+mod summary;
 
-pub use row::{Attacked, Row, wilson};
+pub use row::{Attacked, Precision, Row, wilson};
+pub use summary::Summary;

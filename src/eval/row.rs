@@ -1,13 +1,14 @@
-use serde::Serialize;
-use serde::ser::{SerializeStruct, Serializer};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::attack::{Eps, Threat};
+use crate::attack::{Eps, Threat, ThreatKind};
 
 /// One figure: how many of n items came out right. A figure on attacked pictures has a threat
 /// model, one on clean pictures has none; there is no other kind.
 ///
-/// In JSON as `{task, dataset, defense, attack, eps, threat, surrogate, n, correct, value, low,
-/// high}`, where `attack`, `eps`, `threat` and `surrogate` are null for clean pictures.
+/// In JSON as `{task, dataset, defense, attack, eps, threat, surrogate, pictures, n, correct, value,
+/// low, high, mean_per_class}`, where `attack`, `eps`, `threat`, `surrogate` and `pictures` are null
+/// for clean pictures. It is read back the same way; `value`, `low` and `high` are computed anew.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Row {
     /// `zero-shot`, `caption` or `vqa`.
@@ -22,6 +23,8 @@ pub struct Row {
     pub n: usize,
     /// Items that came out right. Under attack: right on the clean picture as well.
     pub correct: usize,
+    /// The mean of the classes' own shares in percent, for sets whose metric it is.
+    pub mean_per_class: Option<f64>,
 }
 
 /// An attack with its threat model, as a figure carries it.
@@ -29,10 +32,23 @@ pub struct Row {
 pub struct Attacked {
     /// The attack's name.
     pub attack: String,
-    /// The radius of its ball.
-    pub eps: Eps,
+    /// The radius of its ball; `None` for attacks that have none.
+    pub eps: Option<Eps>,
     /// The threat model.
     pub threat: Threat,
+    /// What the scored pictures hold.
+    pub pictures: Precision,
+}
+
+/// What adversarial pictures hold when they are scored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Precision {
+    /// What the attack made, any numbers in [0, 1]: as AutoAttack and RobustBench score.
+    #[serde(rename = "float")]
+    Float,
+    /// Rounded to 8 bits and cut to the ball again: what a file can hold.
+    #[serde(rename = "8-bit")]
+    EightBit,
 }
 
 impl Row {
@@ -47,27 +63,91 @@ impl Row {
     }
 }
 
+/// A row as JSON has it.
+#[derive(Serialize, Deserialize)]
+struct Flat {
+    task: String,
+    dataset: String,
+    defense: String,
+    attack: Option<String>,
+    eps: Option<Eps>,
+    threat: Option<ThreatKind>,
+    surrogate: Option<String>,
+    pictures: Option<Precision>,
+    n: usize,
+    correct: usize,
+    #[serde(default)]
+    value: f64,
+    #[serde(default)]
+    low: f64,
+    #[serde(default)]
+    high: f64,
+    #[serde(default)]
+    mean_per_class: Option<f64>,
+}
+
 impl Serialize for Row {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut row = serializer.serialize_struct("Row", 12)?;
-        let attacked = self.attacked.as_ref();
-        let surrogate = attacked.and_then(|a| match &a.threat {
-            Threat::Transfer { surrogate } => Some(surrogate),
+        let attacked = self.attacked.clone();
+        let surrogate = attacked.as_ref().and_then(|a| match &a.threat {
+            Threat::Transfer { surrogate } => Some(surrogate.clone()),
             Threat::Adaptive => None,
         });
-        row.serialize_field("task", &self.task)?;
-        row.serialize_field("dataset", &self.dataset)?;
-        row.serialize_field("defense", &self.defense)?;
-        row.serialize_field("attack", &attacked.map(|a| &a.attack))?;
-        row.serialize_field("eps", &attacked.map(|a| a.eps))?;
-        row.serialize_field("threat", &attacked.map(|a| a.threat.to_string()))?;
-        row.serialize_field("surrogate", &surrogate)?;
-        row.serialize_field("n", &self.n)?;
-        row.serialize_field("correct", &self.correct)?;
-        row.serialize_field("value", &self.value())?;
-        row.serialize_field("low", &self.interval().0)?;
-        row.serialize_field("high", &self.interval().1)?;
-        row.end()
+        let (low, high) = self.interval();
+        Flat {
+            task: self.task.clone(),
+            dataset: self.dataset.clone(),
+            defense: self.defense.clone(),
+            eps: attacked.as_ref().and_then(|a| a.eps),
+            threat: attacked.as_ref().map(|a| a.threat.kind()),
+            pictures: attacked.as_ref().map(|a| a.pictures),
+            attack: attacked.map(|a| a.attack),
+            surrogate,
+            n: self.n,
+            correct: self.correct,
+            value: self.value(),
+            low,
+            high,
+            mean_per_class: self.mean_per_class,
+        }
+        .serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Row {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let flat = Flat::deserialize(deserializer)?;
+        let attacked = match (flat.attack, flat.threat, flat.surrogate, flat.pictures) {
+            (None, None, None, None) => None,
+            (Some(attack), Some(kind), surrogate, Some(pictures)) => {
+                let threat = match (kind, surrogate) {
+                    (ThreatKind::Transfer, Some(surrogate)) => Threat::Transfer { surrogate },
+                    (ThreatKind::Adaptive, None) => Threat::Adaptive,
+                    _ => {
+                        return Err(D::Error::custom(
+                            "surrogate: expected one for transfer and none for adaptive",
+                        ));
+                    }
+                };
+                Some(Attacked { attack, eps: flat.eps, threat, pictures })
+            }
+            _ => return Err(D::Error::custom("expected attack, threat and pictures together or not at all")),
+        };
+        if flat.correct > flat.n {
+            return Err(D::Error::custom(format!(
+                "correct: expected 0 to {}, found {}",
+                flat.n, flat.correct
+            )));
+        }
+        Ok(Self {
+            task: flat.task,
+            dataset: flat.dataset,
+            defense: flat.defense,
+            attacked,
+            n: flat.n,
+            correct: flat.correct,
+            mean_per_class: flat.mean_per_class,
+        })
     }
 }
 
@@ -107,19 +187,28 @@ mod tests {
             attacked: None,
             n: 4,
             correct: 3,
+            mean_per_class: None,
         };
         let json = serde_json::to_value(&clean).unwrap();
         assert!(json["threat"].is_null() && json["attack"].is_null());
         assert_eq!(json["value"], 75.0);
         let attacked = Attacked {
             attack: "pgd".into(),
-            eps: Eps::of_255(8),
+            eps: Some(Eps::of_255(8)),
             threat: Threat::Transfer { surrogate: "m".into() },
+            pictures: Precision::EightBit,
         };
-        let json = serde_json::to_value(Row { attacked: Some(attacked), ..clean }).unwrap();
+        let row = Row { attacked: Some(attacked), ..clean };
+        let json = serde_json::to_value(&row).unwrap();
         assert_eq!(
-            (&json["threat"], &json["surrogate"], &json["eps"]),
-            (&"transfer".into(), &"m".into(), &"8/255".into())
+            (&json["threat"], &json["surrogate"], &json["eps"], &json["pictures"]),
+            (&"transfer".into(), &"m".into(), &"8/255".into(), &"8-bit".into())
         );
+        assert_eq!(serde_json::from_value::<Row>(json.clone()).unwrap(), row);
+        for key in ["threat", "surrogate", "pictures"] {
+            let mut without = json.clone();
+            without[key] = serde_json::Value::Null;
+            assert!(serde_json::from_value::<Row>(without).is_err(), "{key}");
+        }
     }
 }

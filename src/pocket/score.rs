@@ -7,7 +7,7 @@ use crate::attack::{
     TowerClassifier,
 };
 use crate::defense::{Defense, DefenseOptions};
-use crate::eval::{Attacked, Row};
+use crate::eval::{Attacked, Precision, Row};
 use crate::image::pixels_from_rgb;
 use crate::model::Model;
 use crate::pocket::{KINDS, Split, draw};
@@ -81,6 +81,7 @@ pub fn zero_shot(model: &Model, what: &ZeroShot, told: &mut dyn FnMut(u64, u64))
         attacked,
         n: right.len(),
         correct: right.iter().filter(|right| **right).count(),
+        mean_per_class: None,
     };
     let mut rows = Vec::new();
     let mut tasks = Vec::new();
@@ -109,8 +110,12 @@ pub fn zero_shot(model: &Model, what: &ZeroShot, told: &mut dyn FnMut(u64, u64))
         for (i, ((task, right), (name, _))) in tasks.iter().zip(&settings).enumerate() {
             let mut add = |crafted: &crate::attack::Crafted, kind: ThreatKind| -> Result<()> {
                 let scored = crafted.score(task, kind, right)?;
-                let attacked =
-                    Attacked { attack: pgd.name.clone(), eps: *eps, threat: scored.threat().clone() };
+                let attacked = Attacked {
+                    attack: pgd.name.clone(),
+                    eps: Some(*eps),
+                    threat: scored.threat().clone(),
+                    pictures: Precision::EightBit,
+                };
                 rows.push(row(name, Some(attacked), scored.robust()));
                 Ok(())
             };
