@@ -30,6 +30,11 @@ impl Ball {
         &self.center
     }
 
+    /// The radius.
+    pub fn eps(&self) -> f64 {
+        self.eps
+    }
+
     /// The nearest pictures inside, of the same shape.
     pub fn project(&self, pixels: &Tensor) -> Result<Tensor> {
         Ok(pixels.maximum(&self.lower)?.minimum(&self.upper)?)

@@ -41,6 +41,10 @@ pub struct Outcome {
     pub gradients: usize,
     /// Entries of those that were NaN, and taken for 0.
     pub nan_gradients: u64,
+    /// Whether the gradient was zero everywhere where a walk began: then it tells nothing, and the
+    /// model may be hiding it.
+    #[serde(default)]
+    pub zero_gradient: bool,
 }
 
 /// Adversarial pictures, and how they came to be.

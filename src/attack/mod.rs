@@ -15,6 +15,9 @@
 //! Whatever an attack draws at random is keyed by the picture ([`Pictures`]), and a tower on a CPU
 //! is given one picture at a time, so a picture's result does not depend on its batch.
 
+mod apgd;
+mod apgd_csr;
+mod autoattack;
 mod ball;
 mod classifier;
 mod crafted;
@@ -28,6 +31,9 @@ mod quantise;
 mod random;
 mod threat;
 
+pub use apgd::{Apgd, ApgdT};
+pub use apgd_csr::ApgdCsr;
+pub use autoattack::{AutoAttack, Evaluated, Flag, flags_of_outcomes};
 pub use ball::Ball;
 pub use classifier::{CosineHead, Head, TowerClassifier};
 pub use crafted::{Crafted, Outcome, Recipe, Scored};
@@ -42,6 +48,8 @@ pub use pictures::{Pictures, key};
 pub use quantise::quantise;
 pub use random::{picture_rng, uniform};
 pub use threat::{Subject, Threat, ThreatChoice, ThreatKind};
+
+use serde_json::{Value, json};
 
 use crate::Result;
 
@@ -64,6 +72,17 @@ pub trait Maximise {
     /// The attack's name in results: `pgd`.
     fn name(&self) -> &'static str;
 
+    /// All of its parameters, for the record.
+    fn parameters(&self) -> Value;
+
+    /// The radius of its ball; `None` where it has none.
+    fn eps(&self) -> Option<Eps>;
+
+    /// Whether it is made for models that are random.
+    fn expects_randomness(&self) -> bool {
+        false
+    }
+
     /// Crafts a picture for every picture chosen in `pictures`; the others are returned unchanged.
     ///
     /// # Errors
@@ -82,6 +101,27 @@ pub trait Maximise {
 pub trait Attack {
     /// The attack's name in results: `pgd`, `apgd-ce`.
     fn name(&self) -> &str;
+
+    /// All of its parameters, for the record.
+    fn parameters(&self) -> Value;
+
+    /// The radius of its ball; `None` where it has none.
+    fn eps(&self) -> Option<Eps>;
+
+    /// The fewest classes it works with.
+    fn fewest_classes(&self) -> usize {
+        2
+    }
+
+    /// The number of target classes it would take, where it takes any.
+    fn targets(&self) -> Option<usize> {
+        None
+    }
+
+    /// Whether it is made for models that are random.
+    fn expects_randomness(&self) -> bool {
+        false
+    }
 
     /// Crafts a picture for every picture chosen in `pictures`; the others are returned unchanged.
     ///
@@ -111,6 +151,24 @@ pub struct OnLoss<M> {
 impl<M: Maximise> Attack for OnLoss<M> {
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn parameters(&self) -> Value {
+        let mut parameters = self.maximise.parameters();
+        parameters["loss"] = json!(self.loss);
+        parameters
+    }
+
+    fn eps(&self) -> Option<Eps> {
+        self.maximise.eps()
+    }
+
+    fn fewest_classes(&self) -> usize {
+        self.loss.classes().max(2)
+    }
+
+    fn expects_randomness(&self) -> bool {
+        self.maximise.expects_randomness()
     }
 
     fn craft(

@@ -1,6 +1,6 @@
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::objective::{take, without_nan};
 use super::pictures::select;
@@ -165,6 +165,14 @@ impl Maximise for Pgd {
         "pgd"
     }
 
+    fn parameters(&self) -> Value {
+        json!(self)
+    }
+
+    fn eps(&self) -> Option<Eps> {
+        Some(self.eps)
+    }
+
     fn maximise(
         &self,
         objective: &dyn Objective,
@@ -190,7 +198,7 @@ impl Maximise for Pgd {
         }
         let recipe = Recipe {
             attack: self.name().into(),
-            parameters: json!(self),
+            parameters: self.parameters(),
             objective: objective.describe(),
             eps: Some(self.eps),
             seed,
