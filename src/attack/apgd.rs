@@ -15,7 +15,7 @@ use crate::{Error, Result};
 /// loss has not risen often enough; the walk then goes on from the best place so far.
 ///
 /// Where the objective has a goal, a picture that reached it is returned as it was the last time it
-/// did, and one that never did is returned untouched, unless `best_loss` is set.
+/// did, and one that never did is returned untouched, unless `keep_best` is set.
 ///
 /// Unlike the original, the first window's first rise is counted against the loss at the start
 /// (there it is counted against a zero that the loss history happens to end with), and gradients
@@ -35,9 +35,10 @@ pub struct Apgd {
     /// Leave alone pictures that reach the goal untouched: for an untargeted attack those the
     /// model gets wrong.
     pub only_correct: bool,
-    /// Return the place of the highest loss for every picture, fooled or not. For pictures that
-    /// are to transfer.
-    pub best_loss: bool,
+    /// Return the best place for every picture (fooled before not fooled, then the highest loss)
+    /// instead of what the original returns. The same pictures are fooled, and those that are not
+    /// may still fool another model. Always so where the objective has no goal.
+    pub keep_best: bool,
     /// Leave a picture as soon as it reaches the goal. The same pictures are fooled, sooner; those
     /// returned are then barely so.
     pub stop_when_fooled: bool,
@@ -53,7 +54,7 @@ impl Apgd {
             rho: 0.75,
             eot: 1,
             only_correct: true,
-            best_loss: false,
+            keep_best: false,
             stop_when_fooled: false,
         }
     }
@@ -149,11 +150,11 @@ struct Walk {
     best: Tensor,
     best_gradient: Tensor,
     best_loss: Vec<f64>,
-    /// Whether the goal is reached there.
-    best_fooled: Vec<bool>,
-    /// The last place that reached the goal.
-    adversarial: Tensor,
+    /// Whether the goal was reached anywhere.
     fooled: Vec<bool>,
+    /// What is to be returned, and its loss.
+    returned: Tensor,
+    returned_loss: Vec<f64>,
     /// Losses at the start and after every step.
     losses: Vec<Vec<f64>>,
     step: Vec<f64>,
@@ -175,13 +176,13 @@ impl Walk {
             ball,
             before: start.clone(),
             best: start.clone(),
-            adversarial: start.clone(),
+            returned: start.clone(),
             pixels: start,
             best_gradient: gradient.clone(),
             gradient,
             best_loss: found.loss.iter().map(|&loss| number(loss)).collect(),
             fooled: (0..n).map(|i| found.is_fooled(i)).collect(),
-            best_fooled: (0..n).map(|i| found.is_fooled(i)).collect(),
+            returned_loss: found.loss.iter().map(|&loss| number(loss)).collect(),
             losses: found.loss.iter().map(|&loss| vec![number(loss)]).collect(),
             step: vec![step; n],
             // As if halved, so that only oscillation halves it at the first checkpoint.
@@ -208,11 +209,24 @@ impl Walk {
         Ok(())
     }
 
-    /// Takes note of what the present pixels come to.
-    fn note(&mut self, found: &Evaluation, gradient: Tensor) -> Result<()> {
-        let fooled: Vec<bool> = (0..self.rows.len()).map(|i| found.is_fooled(i)).collect();
-        self.adversarial = take(&fooled, &self.pixels, &self.adversarial)?;
-        self.fooled.iter_mut().zip(&fooled).for_each(|(ever, now)| *ever |= now);
+    /// Takes note of what the present pixels come to; `last`: of places that reach the goal the
+    /// last is returned, not that of the highest loss.
+    fn note(&mut self, found: &Evaluation, gradient: Tensor, last: bool) -> Result<()> {
+        let returned = (0..self.rows.len()).map(|i| {
+            let (now, loss) = (found.is_fooled(i), number(found.loss[i]));
+            match (now, self.fooled[i]) {
+                (true, true) => last || loss > self.returned_loss[i],
+                (true, false) => true,
+                (false, true) => false,
+                (false, false) => loss > self.returned_loss[i],
+            }
+        });
+        let returned: Vec<bool> = returned.collect();
+        self.returned = take(&returned, &self.pixels, &self.returned)?;
+        for (i, _) in returned.iter().enumerate().filter(|(_, returned)| **returned) {
+            self.returned_loss[i] = number(found.loss[i]);
+            self.fooled[i] |= found.is_fooled(i);
+        }
         let better: Vec<bool> =
             found.loss.iter().zip(&self.best_loss).map(|(&loss, best)| number(loss) > *best).collect();
         self.best = take(&better, &self.pixels, &self.best)?;
@@ -222,7 +236,6 @@ impl Walk {
             self.losses[i].push(loss);
             if better[i] {
                 self.best_loss[i] = loss;
-                self.best_fooled[i] = fooled[i];
             }
         }
         self.gradient = gradient;
@@ -259,7 +272,7 @@ impl Walk {
             &mut self.gradient,
             &mut self.best,
             &mut self.best_gradient,
-            &mut self.adversarial,
+            &mut self.returned,
         ] {
             *tensor = select(tensor, kept)?;
         }
@@ -267,7 +280,7 @@ impl Walk {
         self.rows = pick(&self.rows, kept);
         self.best_loss = pick(&self.best_loss, kept);
         self.fooled = pick(&self.fooled, kept);
-        self.best_fooled = pick(&self.best_fooled, kept);
+        self.returned_loss = pick(&self.returned_loss, kept);
         self.losses = pick(&self.losses, kept);
         self.step = pick(&self.step, kept);
         self.checked = pick(&self.checked, kept);
@@ -341,7 +354,7 @@ impl Apgd {
             }
             walk.advance(step == 0)?;
             let (found, gradient) = self.evaluate(objective, &walk.pixels, &walk.rows, record)?;
-            walk.note(&found, gradient)?;
+            walk.note(&found, gradient, goal && !self.keep_best)?;
             if checkpoints.contains(&(step + 1)) {
                 walk.checkpoint(step + 1 - last_check, self.rho)?;
                 last_check = step + 1;
@@ -358,19 +371,17 @@ impl Apgd {
         for &i in done {
             let row = walk.rows[i];
             let outcome = &mut record.outcomes[row];
-            let from = if goal && !self.best_loss {
-                outcome.fooled = Some(walk.fooled[i]);
-                walk.fooled[i].then_some(&walk.adversarial)
-            } else if walk.best_loss[i] > record.highest[row] {
-                record.highest[row] = walk.best_loss[i];
-                outcome.loss = Some(walk.best_loss[i]);
-                outcome.fooled = goal.then_some(walk.best_fooled[i]);
-                Some(&walk.best)
+            let fooled = walk.fooled[i];
+            outcome.fooled = goal.then_some(fooled);
+            let returned = if goal && !self.keep_best {
+                fooled
             } else {
-                None
+                fooled || walk.returned_loss[i] > record.highest[row]
             };
-            if let Some(tensor) = from {
-                record.pixels[row] = tensor.narrow(0, i, 1)?.force_contiguous()?;
+            if returned {
+                record.highest[row] = walk.returned_loss[i];
+                outcome.loss = Some(walk.returned_loss[i]);
+                record.pixels[row] = walk.returned.narrow(0, i, 1)?.force_contiguous()?;
             }
         }
         Ok(())
