@@ -69,6 +69,14 @@ pub enum Error {
         /// What is missing.
         reason: String,
     },
+    /// A data set cannot be read as one.
+    #[error("data `{}`: {reason}", path.display())]
+    Data {
+        /// The file or folder.
+        path: PathBuf,
+        /// What was expected and what was found.
+        reason: String,
+    },
     /// A weight is missing from a checkpoint.
     #[error("`{}`: weight `{name}` is missing", file.display())]
     MissingWeight {
@@ -157,6 +165,10 @@ impl Error {
 
     pub(crate) fn config(path: impl Into<PathBuf>, reason: impl Into<String>) -> Self {
         Self::Config { path: path.into(), reason: reason.into() }
+    }
+
+    pub(crate) fn data(path: impl Into<PathBuf>, reason: impl Into<String>) -> Self {
+        Self::Data { path: path.into(), reason: reason.into() }
     }
 
     pub(crate) fn argument(

@@ -47,6 +47,7 @@
 #![deny(missing_docs)]
 
 pub mod attack;
+pub mod data;
 pub mod defense;
 pub mod demo;
 #[cfg(feature = "engine")]

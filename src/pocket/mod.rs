@@ -261,6 +261,11 @@ pub fn draw(split: Split, seed: u64, index: u64, size: u32) -> Result<Scene> {
     })
 }
 
+/// The kind of the object in a scene, as an index into [`KINDS`], without drawing it.
+pub fn kind_of(split: Split, seed: u64, index: u64) -> usize {
+    Dice::new(split, seed, index).below(KINDS.len())
+}
+
 /// A colour's middle, which [`render`] varies a little.
 fn rgb(name: &str) -> Rgb {
     match name {
@@ -394,6 +399,7 @@ mod tests {
             count[s.kind] += 1;
             let kind = &KINDS[s.kind];
             assert_ne!(s.kind, s.target);
+            assert_eq!(s.kind, kind_of(Split::Test, 3, index));
             assert_eq!(kind.category, KINDS[s.target].category);
             assert!(s.caption.contains(s.name()) && s.caption.ends_with(&format!("{}.", s.place)));
             assert!(s.caption.contains(s.color) && s.target_caption.contains(KINDS[s.target].name));

@@ -27,15 +27,40 @@ impl ZeroShotHead {
     /// If there are no classes or no templates, a template has no place for the class, or a class
     /// name is empty or comes twice.
     pub fn new(text: &ClipText, classes: &[impl AsRef<str>], templates: &[impl AsRef<str>]) -> Result<Self> {
+        Self::with_prompt_names(text, classes, classes, templates)
+    }
+
+    /// As [`ZeroShotHead::new`], with other words for the classes in the prompts: ImageNet's two
+    /// cranes are both a `crane` there. Classes with the same words have the same row, so the
+    /// second never has the larger logit.
+    ///
+    /// # Errors
+    /// As [`ZeroShotHead::new`], but prompt names may come twice; also if there are not as many as
+    /// classes, or one is empty.
+    pub fn with_prompt_names(
+        text: &ClipText,
+        classes: &[impl AsRef<str>],
+        prompt_names: &[impl AsRef<str>],
+        templates: &[impl AsRef<str>],
+    ) -> Result<Self> {
         let classes: Vec<String> = classes.iter().map(|class| class.as_ref().to_string()).collect();
         check_classes(&classes)?;
+        if prompt_names.len() != classes.len() {
+            let expected = format!("one for each of {} classes", classes.len());
+            return Err(Error::argument("prompt names", expected, prompt_names.len()));
+        }
+        if let Some(i) = prompt_names.iter().position(|name| name.as_ref().trim().is_empty()) {
+            return Err(Error::argument("prompt names", "names", format!("an empty one at {i}")));
+        }
         let templates = check_templates(templates)?;
-        let rows = classes
+        let rows = prompt_names
             .chunks((BATCH / templates.len()).max(1))
             .map(|group| {
                 let prompts: Vec<String> = group
                     .iter()
-                    .flat_map(|class| templates.iter().map(move |template| template.replace(PLACE, class)))
+                    .flat_map(|class| {
+                        templates.iter().map(move |template| template.replace(PLACE, class.as_ref()))
+                    })
                     .collect();
                 let embeds = text.embed(&prompts)?;
                 let unit = embeds.broadcast_div(&row_norms(&embeds)?)?;

@@ -1,0 +1,280 @@
+//! What a path holds.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use super::archive::Members;
+use super::cifar::{self, Cifar};
+use super::folder::{self, Folders};
+use super::names::{beside, is_split, label_folders, read_names, read_templates};
+use super::registry::{self, Entry};
+use super::{Found, Item, Source, stl10};
+use crate::{Error, Result};
+
+const CLASSES: &str = "classnames.txt";
+const TEMPLATES: &str = "zeroshot_classification_templates.txt";
+const SHARDS: &str = "nshards.txt";
+
+/// How [`super::LabelledSet::open`] reads a set.
+#[derive(Debug, Clone, Default)]
+pub struct OpenOptions {
+    /// A file of class names, one a line in label order, instead of those that come with the set.
+    pub classes: Option<PathBuf>,
+    /// The registered set it is ([`registry::entries`]), where its name does not tell.
+    pub dataset: Option<String>,
+}
+
+pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Found> {
+    let metadata = std::fs::metadata(path).map_err(|e| Error::read(path, e))?;
+    let reader = Reader { path, options };
+    if !metadata.is_dir() {
+        return reader.file(path);
+    }
+    // Published folders first: beside their files there may be others.
+    let published = [
+        ("test_batch.bin", Kind::Binary),
+        ("test.bin", Kind::Binary),
+        ("test_X.bin", Kind::Stl10),
+        ("test_batch", Kind::Python),
+        ("test", Kind::Python),
+    ];
+    for (name, kind) in published {
+        let file = path.join(name);
+        if file.is_file() {
+            return reader.one(&file, kind);
+        }
+    }
+    for folder in [path.to_path_buf(), path.join("test")] {
+        let shards = shards(&folder)?;
+        if !shards.is_empty() {
+            return reader.tars(&folder, shards);
+        }
+    }
+    reader.folder()
+}
+
+/// The files that are a whole set.
+#[derive(Clone, Copy)]
+enum Kind {
+    Binary,
+    Python,
+    Stl10,
+}
+
+struct Reader<'a> {
+    /// As it was given.
+    path: &'a Path,
+    options: &'a OpenOptions,
+}
+
+impl Reader<'_> {
+    fn file(&self, file: &Path) -> Result<Found> {
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        if name.ends_with("_X.bin") {
+            return self.one(file, Kind::Stl10);
+        }
+        if name.ends_with(".bin") {
+            return self.one(file, Kind::Binary);
+        }
+        if name.ends_with(".tar") {
+            return self.tars(&parent(file), vec![file.to_path_buf()]);
+        }
+        let mut first = [0];
+        let failed = |e| Error::read(file, e);
+        let count = File::open(file).map_err(failed)?.read(&mut first).map_err(failed)?;
+        // A pickle's first byte: of protocol 2 and later, or the mark that begins a dictionary.
+        if count == 1 && [0x80, b'('].contains(&first[0]) {
+            return self.one(file, Kind::Python);
+        }
+        Err(Error::data(file, "expected a folder, a `.tar`, or a file of CIFAR-10, CIFAR-100 or STL10"))
+    }
+
+    /// A set in one file.
+    fn one(&self, file: &Path, kind: Kind) -> Result<Found> {
+        let folder = parent(file);
+        let (entry, beside, items, defects, side) = match kind {
+            Kind::Stl10 => {
+                let (items, defects) = stl10::index(file)?;
+                let names = folder.join("class_names.txt");
+                let names = match names.is_file() {
+                    true => Some((names.clone(), read_names(&names)?)),
+                    false => None,
+                };
+                ("stl10", names, items, defects, stl10::SIDE)
+            }
+            Kind::Binary | Kind::Python => {
+                let (cifar, items): (Cifar, Vec<Item>) = match kind {
+                    Kind::Python => cifar::python(file)?,
+                    _ => cifar::binary(file)?,
+                };
+                (cifar.name(), cifar::names(cifar, &folder)?, items, Vec::new(), cifar::SIDE)
+            }
+        };
+        let entry = self.entry(entry)?;
+        let columns = matches!(kind, Kind::Stl10);
+        Ok(Found {
+            name: entry.map_or_else(|| set_name(file), |entry| entry.name.clone()),
+            prompt_names: self.names(beside, entry)?.map(|(_, names)| names).unwrap_or_default(),
+            templates: self.templates(&folder, entry)?,
+            entry,
+            items,
+            defects,
+            source: Source::Planes { file: file.to_path_buf(), side, columns },
+        })
+    }
+
+    fn tars(&self, folder: &Path, files: Vec<PathBuf>) -> Result<Found> {
+        let members = Members::read(&files)?;
+        let entry = self.entry(&set_name(self.path))?;
+        let names = self.names(names_beside(folder)?, entry)?;
+        let (prompt_names, items, defects) = if members.labelled {
+            let Some((_, names)) = names else {
+                let reason = format!("has no `{CLASSES}` beside it; give one with `--classes`");
+                return Err(Error::data(self.path, reason));
+            };
+            let (items, defects) = members.samples();
+            (names, items, defects)
+        } else {
+            self.labelled(members.folders(), names)?
+        };
+        self.found(entry, folder, prompt_names, items, defects, Source::Packed(files))
+    }
+
+    fn folder(&self) -> Result<Found> {
+        let entry = self.entry(&set_name(self.path))?;
+        let names = names_beside(self.path)?;
+        let folders = folder::index(self.path)?;
+        let any = |folders: &Folders| !folders.items.is_empty() || !folders.defects.is_empty();
+        if !any(&folders) {
+            let reason = "holds no data set: no tars, no files of CIFAR or STL10, \
+                          no folders `CLASS/` of pictures";
+            return Err(Error::data(self.path, reason));
+        }
+        let names = self.names(names, None)?;
+        let (prompt_names, items, defects) = self.labelled(folders, names)?;
+        let source = Source::Files(self.path.to_path_buf());
+        self.found(entry, self.path, prompt_names, items, defects, source)
+    }
+
+    fn labelled(
+        &self,
+        folders: Folders,
+        names: Option<(PathBuf, Vec<String>)>,
+    ) -> Result<(Vec<String>, Vec<Item>, Vec<super::Defect>)> {
+        let Folders { names: folders, mut items, defects } = folders;
+        let (labels, names) = label_folders(&folders, names)?;
+        for item in &mut items {
+            item.label = labels.get(item.label).copied().unwrap_or(usize::MAX);
+        }
+        Ok((names, items, defects))
+    }
+
+    fn found(
+        &self,
+        entry: Option<&'static Entry>,
+        folder: &Path,
+        prompt_names: Vec<String>,
+        items: Vec<Item>,
+        defects: Vec<super::Defect>,
+        source: Source,
+    ) -> Result<Found> {
+        let name = entry.map_or_else(|| set_name(self.path), |entry| entry.name.clone());
+        let templates = self.templates(folder, entry)?;
+        Ok(Found { name, prompt_names, templates, entry, items, defects, source })
+    }
+
+    /// The registered set: the one asked for, or the one so called.
+    fn entry(&self, name: &str) -> Result<Option<&'static Entry>> {
+        match &self.options.dataset {
+            Some(asked) => registry::entry(asked).map(Some),
+            None => Ok(registry::entries().iter().find(|entry| entry.is_called(name))),
+        }
+    }
+
+    /// The class names: those asked for, those `beside`, or those registered.
+    fn names(
+        &self,
+        beside: Option<(PathBuf, Vec<String>)>,
+        entry: Option<&'static Entry>,
+    ) -> Result<Option<(PathBuf, Vec<String>)>> {
+        if let Some(file) = &self.options.classes {
+            return Ok(Some((file.clone(), read_names(file)?)));
+        }
+        let registered = || {
+            let entry = entry?;
+            Some((self.path.to_path_buf(), entry.class_names.clone()?))
+        };
+        Ok(beside.or_else(registered))
+    }
+
+    fn templates(&self, folder: &Path, entry: Option<&'static Entry>) -> Result<Option<Vec<String>>> {
+        match beside(folder, TEMPLATES) {
+            Some(file) => read_templates(&file).map(Some),
+            None => Ok(entry.and_then(|entry| entry.templates.clone())),
+        }
+    }
+}
+
+fn names_beside(folder: &Path) -> Result<Option<(PathBuf, Vec<String>)>> {
+    match beside(folder, CLASSES) {
+        Some(file) => {
+            let names = read_names(&file)?;
+            Ok(Some((file, names)))
+        }
+        None => Ok(None),
+    }
+}
+
+/// The folder a file lies in.
+fn parent(file: &Path) -> PathBuf {
+    match file.parent() {
+        Some(folder) if folder.as_os_str().is_empty() => PathBuf::from("."),
+        Some(folder) => folder.to_path_buf(),
+        None => PathBuf::from("."),
+    }
+}
+
+/// What a set at a path is called: its file or folder, but for numbered shards and splits.
+fn set_name(path: &Path) -> String {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
+    let mut at = path.as_path();
+    loop {
+        let name = if at.is_dir() { at.file_name() } else { at.file_stem() };
+        let name = name.unwrap_or_default().to_string_lossy().into_owned();
+        let numbered = !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_digit());
+        match at.parent() {
+            Some(above) if numbered || is_split(at) => at = above,
+            _ => return name,
+        }
+    }
+}
+
+/// The tars in a folder, in bytewise order; as many as `nshards.txt` says where there is one.
+fn shards(folder: &Path) -> Result<Vec<PathBuf>> {
+    if !folder.is_dir() {
+        return Ok(Vec::new());
+    }
+    let mut shards = Vec::new();
+    let failed = |e| Error::read(folder, e);
+    for entry in std::fs::read_dir(folder).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.ends_with(".tar") && !name.starts_with('.') && path.is_file() {
+            shards.push(path);
+        }
+    }
+    shards.sort();
+    let count = folder.join(SHARDS);
+    if count.is_file() {
+        let text = std::fs::read_to_string(&count).map_err(|e| Error::read(&count, e))?;
+        let all: usize = text.trim().parse().map_err(|_| {
+            Error::data(&count, format!("expected the number of shards, found `{}`", text.trim()))
+        })?;
+        if all != shards.len() {
+            let reason = format!("has {} tars, but `{SHARDS}` says {all}", shards.len());
+            return Err(Error::data(folder, reason));
+        }
+    }
+    Ok(shards)
+}
