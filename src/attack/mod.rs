@@ -29,6 +29,7 @@ mod pgd;
 mod pictures;
 mod quantise;
 mod random;
+mod resized;
 mod threat;
 
 pub use apgd::{Apgd, ApgdT};
@@ -47,6 +48,7 @@ pub use pgd::Pgd;
 pub use pictures::{Pictures, key};
 pub use quantise::quantise;
 pub use random::{picture_rng, uniform};
+pub use resized::Resized;
 pub use threat::{Subject, Threat, ThreatChoice, ThreatKind};
 
 use serde_json::{Value, json};

@@ -11,7 +11,7 @@ use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::resize::{Axis, Filter, Padded, resize, resize_window};
+use super::resize::{Axis, Filter, Padded, resize, resize_matrix, resize_window};
 use crate::error::{Error, Result};
 
 /// The ways in which pictures of any shape are brought to a tower's size.
@@ -199,6 +199,44 @@ impl Preprocess {
         let mut result = RgbImage::new(self.width, self.height);
         imageops::replace(&mut result, &cropped, left, top);
         result
+    }
+
+    /// What [`Preprocess::prepare`] does to the columns and rows of a picture of `height` x `width`
+    /// as dense matrices, before any rounding: the result is R X C^T with R `[self.height, height]`
+    /// and C `[self.width, width]`, row by row.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Argument`] for [`Contract::LlavaPad`], which adds a colour to that, and for a
+    /// picture without pixels.
+    pub fn matrices(&self, height: usize, width: usize) -> Result<[Vec<f32>; 2]> {
+        if self.contract == Contract::LlavaPad {
+            return Err(Error::argument(
+                "contract",
+                "a resize and a crop (clip, llava-crop, squash)",
+                "llava-pad",
+            ));
+        }
+        if height * width == 0 {
+            return Err(Error::argument("picture size", "at least 1 x 1", format!("{height} x {width}")));
+        }
+        let (high, wide) = (self.height as usize, self.width as usize);
+        let (scaled_wide, scaled_high) = match self.contract {
+            Contract::Squash => (wide, high),
+            _ => self.scale.apply(width, height),
+        };
+        let axis = |input: usize, scaled: usize, wanted: usize| {
+            let (axis, offset) = center(scaled, wanted);
+            let mut dense = vec![0f32; wanted * input];
+            let rows = resize_matrix(input, scaled, self.filter);
+            for (i, row) in rows.into_iter().skip(axis.window.start).take(axis.window.len()).enumerate() {
+                for (j, weight) in row.weights.into_iter().enumerate() {
+                    dense[(i + offset as usize) * input + row.start + j] = weight as f32;
+                }
+            }
+            dense
+        };
+        Ok([axis(height, scaled_high, high), axis(width, scaled_wide, wide)])
     }
 
     /// Prepares a picture as the tensor that a tower takes: `[3, height, width]`, `f32` in `[0, 1]`.
