@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device};
 use hf_hub::{Cache, Repo, RepoType};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 use crate::image::{Contract, Preprocess};
 use crate::pocket::built_in;
@@ -162,6 +163,27 @@ impl Model {
     pub fn text(&self, device: &Device) -> Result<ClipText> {
         let config = TextConfig::parse(&self.config.to_string(), &self.file("config.json"))?;
         ClipText::load(&self.checkpoint()?, &config, device)
+    }
+
+    /// SHA-256 over its weight files and `config.json`, whatever they are called: the whole of what
+    /// a result depends on. [`Model::fingerprint`] covers only what an anchor depends on.
+    ///
+    /// # Errors
+    /// If a file cannot be read.
+    pub fn digest(&self) -> Result<String> {
+        let mut files: Vec<PathBuf> = std::fs::read_dir(&self.folder)
+            .map_err(|e| Error::read(&self.folder, e))?
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .filter(|path| path.extension().is_some_and(|extension| extension == "safetensors"))
+            .collect();
+        files.sort();
+        files.push(self.file("config.json"));
+        let mut hash = Sha256::new();
+        for path in files {
+            let mut file = std::fs::File::open(&path).map_err(|e| Error::read(&path, e))?;
+            std::io::copy(&mut file, &mut hash).map_err(|e| Error::read(&path, e))?;
+        }
+        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
     /// The fingerprint of its vision tower's trunk, from the weights as stored.

@@ -24,6 +24,7 @@ mod crafted;
 mod eps;
 mod feature;
 mod loss;
+mod named;
 mod objective;
 mod pgd;
 mod pictures;
@@ -41,6 +42,7 @@ pub use crafted::{Crafted, Outcome, Recipe, Scored};
 pub use eps::Eps;
 pub use feature::{Direction, Feature, FeatureObjective};
 pub use loss::{Loss, LossValues};
+pub use named::{NAMES, Named, Settings};
 pub use objective::{
     Classification, ClassificationObjective, Classifier, Evaluation, Goal, Objective, in_batches,
 };

@@ -35,6 +35,32 @@ pub trait Classifier: Sync {
     ) -> Result<(Tensor, Vec<Tensor>)>;
 }
 
+impl<C: Classifier + ?Sized> Classifier for &C {
+    fn subject(&self) -> &Subject {
+        (**self).subject()
+    }
+
+    fn classes(&self) -> usize {
+        (**self).classes()
+    }
+
+    fn batch(&self) -> usize {
+        (**self).batch()
+    }
+
+    fn logits(&self, pixels: &Tensor) -> Result<Tensor> {
+        (**self).logits(pixels)
+    }
+
+    fn logits_and_gradients(
+        &self,
+        pixels: &Tensor,
+        cotangents: &mut dyn FnMut(&Tensor) -> Result<Vec<Tensor>>,
+    ) -> Result<(Tensor, Vec<Tensor>)> {
+        (**self).logits_and_gradients(pixels, cotangents)
+    }
+}
+
 /// What an objective says of pictures.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Evaluation {

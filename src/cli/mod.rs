@@ -4,14 +4,18 @@
 //! command was used wrongly.
 
 mod anchor;
+mod attack;
 #[cfg(feature = "engine")]
 mod chat;
+mod classify;
 #[cfg(feature = "engine")]
 mod demo;
+mod eval;
 mod options;
 mod pocket;
 mod pocket_score;
 mod pocket_train;
+mod row_table;
 #[cfg(feature = "engine")]
 mod serve;
 
@@ -66,6 +70,8 @@ enum Command {
     Serve(serve::Serve),
     /// Make, show and check robustness anchors
     Anchor(anchor::Anchor),
+    Attack(Box<attack::AttackCommand>),
+    Eval(eval::Eval),
     /// The pocket world: draw its pictures, train its models, score them
     Pocket(pocket::Pocket),
 }
@@ -90,6 +96,8 @@ pub fn main() -> ExitCode {
         #[cfg(feature = "engine")]
         Command::Serve(serve) => serve.run(&cli.global),
         Command::Anchor(anchor) => anchor.run(&cli.global),
+        Command::Attack(attack) => attack.run(&cli.global),
+        Command::Eval(eval) => eval.run(&cli.global),
         Command::Pocket(pocket) => pocket.run(&cli.global),
     };
     match result {

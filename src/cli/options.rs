@@ -1,13 +1,15 @@
 //! Flags that several commands share. They mean the same everywhere.
 
+use std::path::{Path, PathBuf};
+
 use candle_core::{DType, Device};
 use clap::{Args, ValueEnum};
-#[cfg(feature = "engine")]
+use radapt::data::{LabelledSet, OpenOptions, registry};
 use radapt::defense::{AnchorChoice, DefenseOptions};
 use radapt::image::Contract;
-#[cfg(feature = "engine")]
 use radapt::image::DecodeLimits;
 use radapt::model::{Lookup, Model};
+use radapt::pocket::Split;
 use radapt::pocket::built_in::POCKET;
 use radapt::{Error, Result};
 
@@ -81,8 +83,85 @@ pub fn argument(what: &str, expected: &str, found: &str) -> Error {
     }
 }
 
+/// Which labelled pictures, and the words for their classes.
+#[derive(Args, Clone)]
+#[command(next_help_heading = "Data")]
+pub struct DataFlags {
+    /// An image folder, WebDataset tars, CIFAR or STL10 files, or the built-in pocket
+    /// (pocket:validation and pocket:train are its other splits)
+    #[arg(long, value_name = "PATH", default_value = "pocket")]
+    data: String,
+    /// A seeded sample of this many pictures; all where not given, 520 of pocket
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    n: Option<u64>,
+    /// Take the first N pictures instead of a sample
+    #[arg(long, requires = "n")]
+    first: bool,
+    /// Which registered set the data is, where its name does not tell: cifar10, imagenet, ...
+    #[arg(long, value_name = "NAME")]
+    dataset: Option<String>,
+    /// A file of class names, one a line in label order, instead of the data's own
+    #[arg(long, value_name = "FILE")]
+    classes: Option<PathBuf>,
+    /// A prompt with {class} in it, a file of such prompts, or `own` for those that come with the
+    /// data
+    #[arg(long, value_name = "TEMPLATE", default_value = registry::TEMPLATE)]
+    template: String,
+}
+
+impl DataFlags {
+    /// The pictures; `size` is the side the pocket world is drawn at.
+    pub fn open(&self, seed: u64, size: u32) -> Result<LabelledSet> {
+        let n = self.n.map(|n| usize::try_from(n).unwrap_or(usize::MAX));
+        let split = match self.data.as_str() {
+            "pocket" => Some(Split::Test),
+            other => other
+                .strip_prefix("pocket:")
+                .map(super::pocket::parse_split)
+                .transpose()
+                .map_err(|e| argument("--data", "pocket, pocket:validation or pocket:train", &e))?,
+        };
+        if let Some(split) = split {
+            for (flag, given) in
+                [("--classes", self.classes.is_some()), ("--dataset", self.dataset.is_some())]
+            {
+                if given {
+                    return Err(argument(flag, "none with pocket, which has its own", "one"));
+                }
+            }
+            return LabelledSet::pocket(split, 0, self.n.unwrap_or(520), size);
+        }
+        let options = OpenOptions { classes: self.classes.clone(), dataset: self.dataset.clone() };
+        let set = LabelledSet::open(Path::new(&self.data), &options)?;
+        Ok(match n {
+            Some(n) if self.first => set.first(n),
+            Some(n) => set.sample(n, seed),
+            None => set,
+        })
+    }
+
+    /// The prompts.
+    pub fn templates(&self, set: &LabelledSet) -> Result<Vec<String>> {
+        if self.template == "own" {
+            let own = set.templates().map(<[String]>::to_vec);
+            return own.ok_or_else(|| argument("--template", "a prompt: this data brings none", "own"));
+        }
+        if self.template.contains("{class}") || self.template.contains("{c}") {
+            return Ok(vec![self.template.clone()]);
+        }
+        let path = Path::new(&self.template);
+        let text = std::fs::read_to_string(path).map_err(|e| {
+            argument(
+                "--template",
+                "a prompt with {class} in it, a file, or own",
+                &format!("{}: {e}", self.template),
+            )
+        })?;
+        Ok(text.lines().map(str::trim).filter(|line| !line.is_empty()).map(ToString::to_string).collect())
+    }
+}
+
 /// What is put into the tower.
-#[cfg(feature = "engine")]
 #[derive(Args, Clone)]
 #[command(next_help_heading = "Defence")]
 pub struct DefenseFlags {
@@ -110,7 +189,6 @@ pub struct DefenseFlags {
     allow_mismatch: bool,
 }
 
-#[cfg(feature = "engine")]
 impl DefenseFlags {
     pub fn options(&self) -> DefenseOptions {
         DefenseOptions {
@@ -129,7 +207,6 @@ impl DefenseFlags {
 }
 
 /// Limits on every picture that comes in.
-#[cfg(feature = "engine")]
 #[derive(Args, Clone)]
 #[command(next_help_heading = "Picture limits")]
 pub struct PictureLimits {
@@ -144,7 +221,6 @@ pub struct PictureLimits {
     max_image_memory: u64,
 }
 
-#[cfg(feature = "engine")]
 impl PictureLimits {
     pub fn limits(&self) -> DecodeLimits {
         DecodeLimits {

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use clap::Args;
 use radapt::attack::Eps;
 use radapt::defense::{AnchorChoice, DefenseOptions};
+#[cfg(feature = "engine")]
 use radapt::eval::Row;
 use radapt::model::{Lookup, Model};
 use radapt::pocket::Split;
@@ -14,6 +15,7 @@ use radapt::pocket::built_in::POCKET_CLIP;
 use radapt::pocket::score::{ZeroShot, zero_shot};
 use serde_json::json;
 
+use super::row_table::row_table;
 use super::{Global, print};
 
 /// Score models on pictures of the pocket world: zero-shot accuracy, clean and under PGD with each
@@ -106,7 +108,7 @@ impl Score {
             "cutoff": self.cutoff,
             "rows": rows,
         });
-        print(global, json, &table(&rows))?;
+        print(global, json, &row_table(&rows))?;
         Ok(ExitCode::SUCCESS)
     }
 }
@@ -145,32 +147,9 @@ fn answered(score: &Score, defense: &DefenseOptions, global: &Global) -> anyhow:
                 attacked: None,
                 n: right.len(),
                 correct: right.iter().filter(|right| **right).count(),
+                mean_per_class: None,
             });
         }
     }
     Ok(rows)
-}
-
-fn table(rows: &[Row]) -> String {
-    let mut lines = vec![format!(
-        "{:10} {:9} {:8} {:7} {:9} {:>5} {:>8} {:>16}",
-        "task", "defence", "attack", "eps", "threat", "n", "right", "95 % interval"
-    )];
-    for row in rows {
-        let (low, high) = row.interval();
-        let attacked = row.attacked.as_ref();
-        let text = |value: Option<String>| value.unwrap_or_else(|| "-".into());
-        lines.push(format!(
-            "{:10} {:9} {:8} {:7} {:9} {:5} {:6.1} % {:>16}",
-            row.task,
-            row.defense,
-            attacked.map_or("clean", |a| &a.attack),
-            text(attacked.and_then(|a| a.eps).map(|eps| eps.to_string())),
-            text(attacked.map(|a| a.threat.to_string())),
-            row.n,
-            row.value(),
-            format!("{low:.1} to {high:.1} %"),
-        ));
-    }
-    lines.join("\n")
 }

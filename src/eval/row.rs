@@ -63,6 +63,15 @@ impl Row {
     }
 }
 
+impl std::fmt::Display for Precision {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Float => "float",
+            Self::EightBit => "8-bit",
+        })
+    }
+}
+
 /// A row as JSON has it.
 #[derive(Serialize, Deserialize)]
 struct Flat {

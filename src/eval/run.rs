@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use crate::attack::{Eps, Threat};
+use crate::attack::{Eps, Flag, Threat};
 use crate::{Error, Result};
 
 const RUN: &str = "run.json";
@@ -177,6 +177,9 @@ pub struct AttackedItem {
     /// Entries of its gradients that were not numbers.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub nan_gradients: u64,
+    /// What was noticed of the model crafted on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub flags: Vec<Flag>,
 }
 
 fn is_false(value: &bool) -> bool {

@@ -1,0 +1,59 @@
+//! `radapt attack`
+
+use std::process::ExitCode;
+
+use clap::Args;
+use radapt::attack::{Eps, NAMES, ThreatKind};
+
+use super::Global;
+use super::classify::{RunFlags, What};
+
+/// Craft adversarial pictures of labelled ones, as PNG files that stay in the ball
+///
+/// They go into a run's folder (`pictures/`), with a line for each in `items.jsonl`: the class the
+/// model gives it as crafted and rounded to 8 bits. Pictures that the model gets wrong are left out.
+#[derive(Args)]
+#[command(after_help = names())]
+pub struct AttackCommand {
+    /// The attack
+    #[arg(value_name = "ATTACK")]
+    attack: String,
+    /// Radii of the attack
+    #[arg(long, value_name = "EPS,...", value_delimiter = ',', default_value = "4/255")]
+    eps: Vec<Eps>,
+    /// transfer: craft on the undefended model; adaptive: on the defended one, gradients through
+    /// its defence
+    #[arg(long, value_name = "THREAT", value_parser = parse_kind)]
+    threat: ThreatKind,
+    #[command(flatten)]
+    flags: RunFlags,
+}
+
+fn parse_kind(text: &str) -> Result<ThreatKind, String> {
+    match text {
+        "transfer" => Ok(ThreatKind::Transfer),
+        "adaptive" => Ok(ThreatKind::Adaptive),
+        other => Err(format!("expected transfer or adaptive, found `{other}`")),
+    }
+}
+
+fn names() -> String {
+    let lines = NAMES.iter().map(|(name, what)| format!("  {name:17} {what}"));
+    let custom = ["  custom:A+B        AutoAttack over attacks of your choice".to_string()];
+    let lines: Vec<String> = lines.chain(custom).collect();
+    format!("Attacks:\n{}", lines.join("\n"))
+}
+
+impl AttackCommand {
+    pub fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
+        let what = What {
+            attacks: vec![self.attack],
+            eps: self.eps,
+            threats: vec![self.threat],
+            ablate: false,
+            undefended: false,
+            save: true,
+        };
+        self.flags.run(global, &what)
+    }
+}

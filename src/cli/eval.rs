@@ -1,0 +1,98 @@
+//! `radapt eval`
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand};
+use radapt::attack::{Eps, ThreatChoice};
+use radapt::eval::classify::summarise;
+use radapt::eval::run::merge;
+use serde_json::to_value;
+
+use super::classify::{RunFlags, What};
+use super::row_table::row_table;
+use super::{Global, print};
+
+/// Measure how robust a model is
+#[derive(Args)]
+pub struct Eval {
+    #[command(subcommand)]
+    command: EvalCommand,
+}
+
+#[derive(Subcommand)]
+enum EvalCommand {
+    /// Zero-shot classification, clean and attacked, undefended and defended
+    Classify(Box<ClassifyCommand>),
+    /// Put the shards of a run together
+    Merge(Merge),
+}
+
+impl Eval {
+    pub fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
+        match self.command {
+            EvalCommand::Classify(command) => command.run(global),
+            EvalCommand::Merge(command) => command.run(global),
+        }
+    }
+}
+
+#[derive(Args)]
+pub struct ClassifyCommand {
+    /// Attacks, as `radapt attack --help` lists them; none for clean figures alone
+    #[arg(long, value_name = "ATTACK,...", value_delimiter = ',')]
+    attack: Vec<String>,
+    /// Radii of the attacks
+    #[arg(long, value_name = "EPS,...", value_delimiter = ',', default_value = "4/255")]
+    eps: Vec<Eps>,
+    /// transfer (crafted on the undefended model), adaptive (on the model scored) or both
+    #[arg(long, value_name = "THREAT", default_value = "both", value_parser = parse_threat)]
+    threat: ThreatChoice,
+    /// Score every part of the defence: none, gif, fra, gif+fra
+    #[arg(long)]
+    ablate: bool,
+    /// Leave the undefended model out
+    #[arg(long, conflicts_with = "ablate")]
+    defended_only: bool,
+    /// Write the adversarial pictures as PNG into the run's folder
+    #[arg(long)]
+    save_pictures: bool,
+    #[command(flatten)]
+    flags: RunFlags,
+}
+
+pub fn parse_threat(text: &str) -> Result<ThreatChoice, String> {
+    text.parse::<ThreatChoice>().map_err(|e| e.to_string())
+}
+
+impl ClassifyCommand {
+    fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
+        let what = What {
+            attacks: self.attack,
+            eps: self.eps,
+            threats: self.threat.kinds().to_vec(),
+            ablate: self.ablate,
+            undefended: !self.defended_only,
+            save: self.save_pictures,
+        };
+        self.flags.run(global, &what)
+    }
+}
+
+#[derive(Args)]
+struct Merge {
+    /// The shards' folders
+    #[arg(required = true, value_name = "RUN")]
+    runs: Vec<PathBuf>,
+    /// Where the whole run goes
+    #[arg(long, value_name = "RUN")]
+    out: PathBuf,
+}
+
+impl Merge {
+    fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
+        let summary = summarise(&merge(&self.runs, &self.out)?)?;
+        print(global, to_value(&summary)?, &row_table(&summary.rows))?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
