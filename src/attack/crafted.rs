@@ -41,6 +41,13 @@ pub struct Outcome {
     pub gradients: usize,
     /// Entries of those that were NaN, and taken for 0.
     pub nan_gradients: u64,
+    /// For attacks that minimise it: how far from the clean picture the nearest one found lies that
+    /// reaches the goal, in the attack's norm (FAB's Linf, C&W's L2), whether it is returned or not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub distance: Option<f64>,
+    /// For attacks that see no gradients: pictures shown to the model, the clean one not counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queries: Option<usize>,
 }
 
 /// Adversarial pictures, and how they came to be.
