@@ -28,6 +28,7 @@ mod pictures;
 mod projection;
 mod quantise;
 mod random;
+mod square;
 mod threat;
 
 pub use ball::Ball;
@@ -44,6 +45,7 @@ pub use pgd::Pgd;
 pub use pictures::{Pictures, key};
 pub use quantise::quantise;
 pub use random::{picture_rng, uniform};
+pub use square::Square;
 pub use threat::{Subject, Threat, ThreatChoice, ThreatKind};
 
 use crate::Result;
