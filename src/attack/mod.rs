@@ -18,6 +18,7 @@
 mod ball;
 mod classifier;
 mod crafted;
+mod cw;
 mod eps;
 mod fab;
 mod feature;
@@ -34,6 +35,7 @@ mod threat;
 pub use ball::Ball;
 pub use classifier::{CosineHead, Head, TowerClassifier};
 pub use crafted::{Crafted, Outcome, Recipe, Scored};
+pub use cw::Cw;
 pub use eps::Eps;
 pub use fab::Fab;
 pub use feature::{Direction, Feature, FeatureObjective};
