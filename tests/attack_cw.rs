@@ -11,7 +11,8 @@ use fixture::{Fixture, assert_same, values};
 use radapt::attack::{Attack, Classification, Classifier, Cw, Loss, OnLoss, Pgd, Recipe, ThreatKind};
 use serde_json::json;
 use toy::{
-    Toy, assert_lawful, assert_progress, count, craft, eps, l2, linf, photos, pictures, quiet, trained,
+    Toy, assert_lawful, assert_lawful_on_a_clip, assert_progress, count, craft, eps, l2, linf, photos,
+    pictures, quiet, trained,
 };
 
 const FIXTURE: &str = "minimal_norm/expected.safetensors";
@@ -183,6 +184,13 @@ fn parameters_are_checked_and_recorded() {
     let one = Toy::linear(1, 108, 9);
     let task = Classification::new(&one, vec![0, 0]).unwrap();
     assert!(Cw::default().craft(&task, &pictures(&pixels), 0, &mut quiet).is_err());
+}
+
+#[test]
+fn a_tiny_clip_is_attacked_lawfully_with_and_without_its_defence() {
+    let pgd = Pgd { only_correct: true, ..Pgd::cw(eps("16/255")).maximise };
+    assert!(assert_lawful_on_a_clip(&Cw { c: 5.0, steps: 25, ..Cw::default() }) > 0);
+    assert!(assert_lawful_on_a_clip(&pgd.on(margin())) > 0);
 }
 
 // --- the authors' own ---------------------------------------------------------------------------

@@ -12,7 +12,8 @@ use fixture::{Fixture, assert_same, values};
 use radapt::attack::{Attack, Classification, Eps, Fab, Recipe, ThreatKind};
 use serde_json::json;
 use toy::{
-    Toy, assert_lawful, assert_progress, count, craft, eps, linf, photos, pictures, quiet, random, trained,
+    Toy, assert_lawful, assert_lawful_on_a_clip, assert_progress, count, craft, eps, linf, photos, pictures,
+    quiet, random, trained,
 };
 
 const FIXTURE: &str = "minimal_norm/expected.safetensors";
@@ -310,6 +311,13 @@ fn parameters_are_checked_and_recorded() {
     assert_eq!((plus.steps, plus.restarts, plus.targets), (100, 5, None));
     // No steps: nothing is done.
     assert_same("no steps", run(&Fab { steps: 0, ..base }).unwrap().pixels(), &pixels);
+}
+
+#[test]
+fn a_tiny_clip_is_attacked_lawfully_with_and_without_its_defence() {
+    for fab in variants(eps("16/255")) {
+        assert!(assert_lawful_on_a_clip(&Fab { steps: 8, ..fab }) > 0);
+    }
 }
 
 // --- a trained CLIP -----------------------------------------------------------------------------

@@ -16,7 +16,10 @@ use radapt::attack::{
     Square, Subject, ThreatKind,
 };
 use serde_json::{Value, json};
-use toy::{Toy, assert_lawful, assert_progress, count, craft, eps, linf, photos, pictures, quiet, trained};
+use toy::{
+    Toy, assert_lawful, assert_lawful_on_a_clip, assert_progress, count, craft, eps, linf, photos, pictures,
+    quiet, trained,
+};
 
 fn on_margin(square: Square) -> OnLoss<Square> {
     square.on(Loss::Margin { kappa: None })
@@ -308,6 +311,11 @@ proptest! {
         }
         prop_assert!(values(crafted.pixels()).iter().all(|v| (0.0..=1.0).contains(v)));
     }
+}
+
+#[test]
+fn a_tiny_clip_is_attacked_lawfully_with_and_without_its_defence() {
+    assert!(assert_lawful_on_a_clip(&on_margin(square(eps("60/255"), 30))) > 0);
 }
 
 // --- a trained CLIP -----------------------------------------------------------------------------

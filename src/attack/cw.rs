@@ -220,8 +220,8 @@ impl Cw {
                 }
             }
             let fooled = began_with.iter().filter(|&&row| finished.outcomes[row].fooled == Some(true));
-            let (active, fooled) = (descent.rows.len(), Some(fooled.count()));
-            progress(&Progress { step: step + 1, steps: self.steps, active, fooled });
+            let (steps, active, fooled) = (self.steps, descent.rows.len(), Some(fooled.count()));
+            progress(&Progress { step: step + 1, steps, active, fooled });
             // The slope of (tanh w + 1) / 2.
             let slope = ((1.0 - tanh.sqr()?)? * 0.5)?;
             // Cut to what f32 can square: an infinite entry would leave no number in w.
@@ -229,6 +229,9 @@ impl Cw {
             let gradient = (gradient * slope)?;
             descent.step(&gradient, step + 1, self.lr)?;
             if step % (self.steps / 10).max(1) == 0 && !self.look(&mut descent, &found, &squares)? {
+                if step + 1 < steps {
+                    progress(&Progress { step: steps, steps, active: 0, fooled });
+                }
                 break;
             }
         }

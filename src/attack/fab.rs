@@ -22,11 +22,16 @@ const SHORTEST: f64 = 1e-8;
 /// Every step takes the classes' boundaries for hyperplanes, goes onto the nearest one from where
 /// it is and from the clean picture ([`Fab::eta`] times as far, and inside the box), and mixes the
 /// two; beyond the boundary it falls back towards the clean picture. The radius plays no part in
-/// that. It only says whether what was found counts: a picture is returned that is wrong within
-/// `eps`, or else the clean one. Pictures that are wrong from the beginning are left alone.
+/// that but for where restarts begin. It says whether what was found counts: a picture is returned
+/// that is wrong within `eps`, or else the clean one. Pictures that are wrong from the beginning
+/// are left alone.
 ///
 /// With [`Fab::targets`] it is FAB-T, which looks at one other class at a time and needs one
-/// gradient a step; otherwise K - 1.
+/// gradient a step. Otherwise it needs K - 1, and holds them all at once: for a thousand classes
+/// FAB-T is meant. A step costs a forward pass more, as nearly every one ends beyond the boundary,
+/// and the next begins elsewhere.
+///
+/// What it finds lies so close to the boundary that rounding to 8 bits undoes much of it.
 ///
 /// [`Outcome::distance`] is the Linf distance of the nearest wrong picture found, within `eps` or
 /// not. What is within `eps` after one target or restart takes no part in the next, as in the
@@ -361,6 +366,7 @@ impl Fab {
         let first = left.len();
         let targets = self.targets.map_or(1, |n| n.min(task.classifier().classes() - 1));
         let steps = targets * self.restarts * self.steps;
+        let mut done_steps = 0;
         for number in 0..targets * self.restarts {
             let labels = left.iter().map(|&row| task.labels()[row]).collect();
             let rank = number / self.restarts;
@@ -389,7 +395,8 @@ impl Fab {
                     (0..run.rows.len()).partition(|&i| run.succeeded(i, self.eps));
                 let fooled = Some(first - left.len() + done.len());
                 let active = run.rows.len();
-                progress(&Progress { step: number * self.steps + step + 1, steps, active, fooled });
+                done_steps = number * self.steps + step + 1;
+                progress(&Progress { step: done_steps, steps, active, fooled });
                 if self.stop_when_fooled && !done.is_empty() {
                     finished.take(&run, &done, self.eps);
                     if kept.is_empty() {
@@ -403,6 +410,9 @@ impl Fab {
             finished.take(&run, &all, self.eps);
             left.retain(|&row| !finished.fooled(row));
             if left.is_empty() {
+                if done_steps < steps {
+                    progress(&Progress { step: steps, steps, active: 0, fooled: Some(first) });
+                }
                 break;
             }
         }

@@ -2,23 +2,26 @@
 #![allow(dead_code, reason = "each test file uses a part of this")]
 
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use candle_core::{D, Device, IndexOp, Tensor};
 use image::RgbImage;
 use radapt::Result;
 use radapt::attack::{
-    Attack, Classification, Classifier, Crafted, Eps, Outcome, Pictures, Progress, Subject, TowerClassifier,
-    key,
+    Attack, Classification, Classifier, CosineHead, Crafted, Eps, Outcome, Pictures, Progress, Subject,
+    TowerClassifier, key,
 };
+use radapt::defense::acquire::training_free;
+use radapt::defense::{Defense, Fra, Gif};
 use radapt::model::{Lookup, Model};
 use radapt::text::ZeroShotHead;
+use radapt::tower::VisionTower;
 use radapt::tower::clip::Clip;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::fixture::{Fixture, assert_same, values};
+use crate::fixture::{Fixture, assert_same, clip, values};
 
 pub fn eps(text: &str) -> Eps {
     text.parse().unwrap()
@@ -195,7 +198,13 @@ impl Classifier for Toy {
 }
 
 /// `attack` on all of `pixels`.
-pub fn craft(attack: &dyn Attack, model: &Toy, labels: &[usize], pixels: &Tensor, seed: u64) -> Crafted {
+pub fn craft(
+    attack: &dyn Attack,
+    model: &dyn Classifier,
+    labels: &[usize],
+    pixels: &Tensor,
+    seed: u64,
+) -> Crafted {
     let task = Classification::new(model, labels.to_vec()).unwrap();
     attack.craft(&task, &pictures(pixels), seed, &mut quiet).unwrap()
 }
@@ -203,7 +212,12 @@ pub fn craft(attack: &dyn Attack, model: &Toy, labels: &[usize], pixels: &Tensor
 /// The laws of every attack: in the box, and in the ball where there is one; same seed, same
 /// bytes; a picture alone fares as in a batch; wrong pictures and those not chosen are returned
 /// as they are; what is said to be fooled is wrong, and what is not is right.
-pub fn assert_lawful(attack: &dyn Attack, model: &Toy, pixels: &Tensor, labels: &[usize]) -> Crafted {
+pub fn assert_lawful(
+    attack: &dyn Attack,
+    model: &dyn Classifier,
+    pixels: &Tensor,
+    labels: &[usize],
+) -> Crafted {
     let name = attack.name();
     let n = labels.len();
     let all: Vec<usize> = (0..n).collect();
@@ -267,6 +281,37 @@ pub fn assert_progress(attack: &dyn Attack, model: &Toy, pixels: &Tensor, labels
     assert!(seen.iter().all(|p| p.step <= p.steps && p.steps == seen[0].steps && p.active <= labels.len()));
     assert!(seen.windows(2).all(|p| p[0].step < p[1].step && p[0].fooled <= p[1].fooled), "{seen:?}");
     assert!(seen.iter().all(|p| p.fooled.is_some_and(|fooled| fooled <= labels.len())));
+}
+
+// --- a tiny CLIP, defended ----------------------------------------------------------------------
+
+/// The tiny CLIP of the fixtures, for pictures of 20 x 20 and 6 classes, as it is and with GIF and
+/// FRA.
+pub fn tiny_clips() -> [TowerClassifier<Clip, CosineHead>; 2] {
+    let tower = clip("v4");
+    let gif = Gif::new(20, 20, 6.0, &Device::Cpu).unwrap();
+    let fra = Fra::new(&training_free(&tower).unwrap(), 1.2, -0.8, &Device::Cpu).unwrap();
+    let defense = Defense { gif: Some(Arc::new(gif)), fra: Some(Arc::new(fra)), ..Default::default() };
+    let subject = Subject::new("tiny", &defense).unwrap();
+    let weights = random(&[6, tower.spec().projection.unwrap()], 30, -1.0, 1.0);
+    let head = CosineHead::new(&weights, 20.0).unwrap();
+    let defended = tower.clone().with(defense.inserts());
+    [(tower, Subject::undefended("tiny")), (defended, subject)]
+        .map(|(tower, subject)| TowerClassifier::new(tower, head.clone(), subject).unwrap())
+}
+
+/// The laws of every attack on the tiny CLIP, with and without its defence; one of 3 pictures is
+/// wrong already. How many of the other two are fooled, of 4.
+pub fn assert_lawful_on_a_clip(attack: &dyn Attack) -> usize {
+    let pixels = photos(3, 20, 20, 41);
+    let fooled = |classifier: TowerClassifier<Clip, CosineHead>| {
+        let task = Classification::new(&classifier, vec![0; 3]).unwrap();
+        let mut labels = task.predictions(&pixels).unwrap();
+        labels[1] = (labels[1] + 1) % 6;
+        let crafted = assert_lawful(attack, &classifier, &pixels, &labels);
+        crafted.outcomes().iter().filter(|outcome| outcome.attacked && outcome.fooled == Some(true)).count()
+    };
+    tiny_clips().map(fooled).iter().sum()
 }
 
 // --- a trained model ----------------------------------------------------------------------------
