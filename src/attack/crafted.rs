@@ -45,6 +45,13 @@ pub struct Outcome {
     /// model may be hiding it.
     #[serde(default)]
     pub zero_gradient: bool,
+    /// For attacks that minimise it: how far from the clean picture the nearest one found lies that
+    /// reaches the goal, in the attack's norm (FAB's Linf, C&W's L2), whether it is returned or not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub distance: Option<f64>,
+    /// For attacks that see no gradients: pictures shown to the model, the clean one not counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queries: Option<usize>,
 }
 
 /// Adversarial pictures, and how they came to be.
