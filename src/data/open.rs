@@ -4,11 +4,15 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use hf_hub::RepoType;
+
 use super::archive::Members;
 use super::folder::{self, Folders};
 use super::names::{beside, is_split, label_folders, read_names, read_templates};
 use super::registry::{self, Entry};
 use super::{Defect, Found, Item, Source, cifar, stl10};
+use crate::hub;
+use crate::model::Lookup;
 use crate::{Error, Result};
 
 const CLASSES: &str = "classnames.txt";
@@ -25,9 +29,41 @@ pub struct OpenOptions {
     pub dataset: Option<String>,
 }
 
+/// The WebDataset of a registered set, or of a Hub id.
+pub(super) fn from_hub(name: &str, options: &OpenOptions, lookup: &Lookup) -> Result<(PathBuf, Found)> {
+    let entry = registry::entry(name).ok();
+    let id = match entry {
+        Some(Entry { hub: Some(id), .. }) => id,
+        Some(Entry { title, .. }) => {
+            let reason = format!("no WebDataset of {title} is known on the Hub; give a folder of it");
+            return Err(Error::data(name, reason));
+        }
+        None if hub::is_id(name) => name,
+        None => {
+            let reason = "no such file or folder, no registered set, and not a Hub id `organisation/name`";
+            return Err(Error::data(name, reason));
+        }
+    };
+    let split = entry.and_then(|entry| entry.split.as_deref()).unwrap_or("test");
+    let wanted = |file: &str| match file.strip_prefix(split).and_then(|file| file.strip_prefix('/')) {
+        Some(file) => !file.contains('/') && (file.ends_with(".tar") || file == SHARDS),
+        None => [CLASSES, TEMPLATES].contains(&file),
+    };
+    let folder = hub::folder(id, RepoType::Dataset, lookup, wanted, CLASSES)
+        .map_err(|reason| Error::data(id, reason))?;
+    let called = id.rsplit('/').next().unwrap_or(id).to_string();
+    let tars = folder.join(split);
+    let shards = shards(&tars)?;
+    if shards.is_empty() {
+        return Err(Error::data(id, format!("has no tars in `{split}/`")));
+    }
+    let found = Reader { path: &folder, called, options }.tars(&folder, shards)?;
+    Ok((folder, found))
+}
+
 pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Found> {
     let metadata = std::fs::metadata(path).map_err(|e| Error::read(path, e))?;
-    let reader = Reader { path, options };
+    let reader = Reader { path, called: set_name(path), options };
     if !metadata.is_dir() {
         return reader.file(path);
     }
@@ -66,8 +102,10 @@ enum Kind {
 }
 
 struct Reader<'a> {
-    /// As it was given.
+    /// As it was given, or where the Hub's cache has it.
     path: &'a Path,
+    /// What the set is called, unless its format tells.
+    called: String,
     options: &'a OpenOptions,
 }
 
@@ -120,12 +158,11 @@ impl Reader<'_> {
 
     fn tars(&self, folder: &Path, files: Vec<PathBuf>) -> Result<Found> {
         let members = Members::read(&files)?;
-        let name = set_name(self.path);
         let names = self.names(|| names_beside(folder))?;
         let found = if members.labelled {
             let names = match names {
                 Some((_, names)) => Some(names),
-                None => self.registered(&name),
+                None => self.registered(&self.called),
             };
             let names = names.ok_or_else(|| {
                 Error::data(self.path, format!("has no `{CLASSES}` beside it; give one with `--classes`"))
@@ -135,7 +172,7 @@ impl Reader<'_> {
         } else {
             self.labelled(members.folders(), names)?
         };
-        self.found(&name, folder, found, Source::Packed(files))
+        self.found(&self.called, folder, found, Source::Packed(files))
     }
 
     fn folder(&self) -> Result<Found> {
@@ -146,7 +183,7 @@ impl Reader<'_> {
             return Err(Error::data(self.path, reason));
         }
         let found = self.labelled(folders, self.names(|| names_beside(self.path))?)?;
-        self.found(&set_name(self.path), self.path, found, Source::Files(self.path.to_path_buf()))
+        self.found(&self.called, self.path, found, Source::Files(self.path.to_path_buf()))
     }
 
     /// An image folder's class names, items and defects.
