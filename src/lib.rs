@@ -54,6 +54,7 @@ pub mod demo;
 pub mod engine;
 mod error;
 pub mod eval;
+mod hub;
 pub mod image;
 pub mod model;
 pub mod pocket;

@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
-use hf_hub::{Cache, Repo, RepoType};
+use hf_hub::RepoType;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use crate::hub;
 use crate::image::{Contract, Preprocess};
 use crate::pocket::built_in;
 use crate::text::{ClipText, TextConfig};
@@ -65,8 +66,9 @@ impl Model {
             folder
         } else if local.is_dir() {
             local.to_path_buf()
-        } else if is_hub_id(name) {
-            hub_folder(name, lookup)?
+        } else if hub::is_id(name) {
+            hub::folder(name, RepoType::Model, lookup, wanted, "config.json")
+                .map_err(|reason| Error::Model { model: name.into(), reason })?
         } else {
             return Err(Error::Model {
                 model: name.into(),
@@ -223,41 +225,6 @@ impl Model {
     }
 }
 
-/// `organisation/name`, each of the letters the Hub allows.
-fn is_hub_id(name: &str) -> bool {
-    let part = |s: &str| {
-        !s.is_empty()
-            && !s.starts_with('.')
-            && s.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
-    };
-    name.split_once('/').is_some_and(|(organisation, model)| part(organisation) && part(model))
-}
-
-fn env(name: &str) -> Option<String> {
-    std::env::var(name).ok().filter(|value| !value.is_empty())
-}
-
-fn is_offline(lookup: &Lookup) -> bool {
-    lookup.offline
-        || env("HF_HUB_OFFLINE")
-            .is_some_and(|v| matches!(v.to_ascii_lowercase().as_str(), "1" | "on" | "yes" | "true"))
-}
-
-fn hf_home() -> PathBuf {
-    let home = || PathBuf::from(env("HOME").or_else(|| env("USERPROFILE")).unwrap_or_default());
-    let default =
-        || env("XDG_CACHE_HOME").map_or_else(|| home().join(".cache"), PathBuf::from).join("huggingface");
-    env("HF_HOME").map_or_else(default, PathBuf::from)
-}
-
-fn token() -> Option<String> {
-    let path = env("HF_TOKEN_PATH").map_or_else(|| hf_home().join("token"), PathBuf::from);
-    let stored = || {
-        std::fs::read_to_string(path).ok().map(|text| text.trim().to_string()).filter(|text| !text.is_empty())
-    };
-    env("HF_TOKEN").or_else(stored)
-}
-
 /// The files of a model that matter here; checkpoints in other formats are not downloaded.
 fn wanted(file: &str) -> bool {
     !file.contains('/')
@@ -266,36 +233,4 @@ fn wanted(file: &str) -> bool {
             || file.ends_with(".jinja")
             || file == "merges.txt")
         && file != "pytorch_model.bin.index.json"
-}
-
-/// The snapshot folder of a Hub model, downloaded first where it is not cached.
-fn hub_folder(name: &str, lookup: &Lookup) -> Result<PathBuf> {
-    let fail = |reason: String| Error::Model { model: name.into(), reason };
-    let revision = lookup.revision.clone().unwrap_or_else(|| "main".into());
-    let repo = Repo::with_revision(name.into(), RepoType::Model, revision.clone());
-    let path = env("HF_HUB_CACHE").map_or_else(|| hf_home().join("hub"), PathBuf::from);
-    let cache = Cache::new(path.clone());
-    let snapshot = |file: PathBuf| {
-        file.parent().map(Path::to_path_buf).ok_or_else(|| fail("has an empty path in the cache".into()))
-    };
-    if is_offline(lookup) {
-        let cached = cache.repo(repo).get("config.json");
-        return snapshot(cached.ok_or_else(|| {
-            fail(format!("`config.json` of revision `{revision}` is not in the cache `{}`, and offline mode forbids downloading it", path.display()))
-        })?);
-    }
-    let mut builder = hf_hub::api::sync::ApiBuilder::from_cache(cache).with_token(token());
-    if let Some(endpoint) = env("HF_ENDPOINT") {
-        builder = builder.with_endpoint(endpoint);
-    }
-    let api = builder.build().map_err(|e| fail(e.to_string()))?.repo(repo);
-    let info = api.info().map_err(|e| fail(format!("cannot be looked up on the Hub: {e}")))?;
-    let mut config = None;
-    for file in info.siblings.iter().map(|sibling| sibling.rfilename.as_str()).filter(|file| wanted(file)) {
-        let path = api.get(file).map_err(|e| fail(format!("cannot download `{file}`: {e}")))?;
-        if file == "config.json" {
-            config = Some(path);
-        }
-    }
-    snapshot(config.ok_or_else(|| fail("has no `config.json`".into()))?)
 }

@@ -107,13 +107,15 @@ pub(super) fn names(cifar: Cifar, beside: &Path) -> Result<Option<(PathBuf, Vec<
         Cifar::Hundred => ("fine_label_names.txt", "meta"),
     };
     let (text, pickled) = (beside.join(text), beside.join(pickled));
+    // CIFAR-100's are written like `maple_tree`.
+    let spaced = |names: Vec<String>| names.iter().map(|name| super::names::spaced(name)).collect();
     if text.is_file() {
         let names = super::names::read_names(&text)?;
-        return Ok(Some((text, names)));
+        return Ok(Some((text, spaced(names))));
     }
     if pickled.is_file() {
         let names = pickle::label_names(&pickled)?;
-        return Ok(Some((pickled, names)));
+        return Ok(Some((pickled, spaced(names))));
     }
     Ok(None)
 }

@@ -38,6 +38,7 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 use sha2::{Digest, Sha256};
 
 use crate::image::{DecodeLimits, decode, decode_file};
+use crate::model::Lookup;
 use crate::pocket::{self, KINDS, Split};
 use crate::{Error, Result};
 pub use open::OpenOptions;
@@ -130,6 +131,22 @@ impl LabelledSet {
     /// can be used. A single bad item is a [`Defect`].
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
         Self::new(path, open::open(path, options)?)
+    }
+
+    /// Finds a data set: a file or folder ([`LabelledSet::open`]), or else one of CLIP_benchmark's
+    /// WebDatasets on the Hub, by a registered name ([`registry`]) or an id `organisation/name`, from
+    /// the cache or, unless offline, from the Hub. Of those the evaluated split is taken, `test`
+    /// where it is not registered. The environment is honoured as by [`crate::model::Model::find`].
+    ///
+    /// # Errors
+    /// As [`LabelledSet::open`]; also if there is neither, or it cannot be downloaded whole.
+    pub fn find(name: &str, options: &OpenOptions, lookup: &Lookup) -> Result<Self> {
+        let path = Path::new(name);
+        if path.exists() {
+            return Self::open(path, options);
+        }
+        let (folder, found) = open::from_hub(name, options, lookup)?;
+        Self::new(&folder, found)
     }
 
     /// The pocket world's scenes `0..n` of a split and seed, `size` pixels wide and high, with its

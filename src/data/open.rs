@@ -4,12 +4,15 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use hf_hub::RepoType;
+
 use super::archive::Members;
-use super::cifar::{self, Cifar};
 use super::folder::{self, Folders};
 use super::names::{beside, is_split, label_folders, read_names, read_templates};
 use super::registry::{self, Entry};
-use super::{Found, Item, Source, stl10};
+use super::{Defect, Found, Item, Source, cifar, stl10};
+use crate::hub;
+use crate::model::Lookup;
 use crate::{Error, Result};
 
 const CLASSES: &str = "classnames.txt";
@@ -21,13 +24,46 @@ const SHARDS: &str = "nshards.txt";
 pub struct OpenOptions {
     /// A file of class names, one a line in label order, instead of those that come with the set.
     pub classes: Option<PathBuf>,
-    /// The registered set it is ([`registry::entries`]), where its name does not tell.
+    /// The registered set it is ([`registry::entries`]), where its name does not tell; it must have
+    /// as many classes.
     pub dataset: Option<String>,
+}
+
+/// The WebDataset of a registered set, or of a Hub id.
+pub(super) fn from_hub(name: &str, options: &OpenOptions, lookup: &Lookup) -> Result<(PathBuf, Found)> {
+    let entry = registry::entry(name).ok();
+    let id = match entry {
+        Some(Entry { hub: Some(id), .. }) => id,
+        Some(Entry { title, .. }) => {
+            let reason = format!("no WebDataset of {title} is known on the Hub; give a folder of it");
+            return Err(Error::data(name, reason));
+        }
+        None if hub::is_id(name) => name,
+        None => {
+            let reason = "no such file or folder, no registered set, and not a Hub id `organisation/name`";
+            return Err(Error::data(name, reason));
+        }
+    };
+    let split = entry.and_then(|entry| entry.split.as_deref()).unwrap_or("test");
+    let wanted = |file: &str| match file.strip_prefix(split).and_then(|file| file.strip_prefix('/')) {
+        Some(file) => !file.contains('/') && (file.ends_with(".tar") || file == SHARDS),
+        None => [CLASSES, TEMPLATES].contains(&file),
+    };
+    let folder = hub::folder(id, RepoType::Dataset, lookup, wanted, CLASSES)
+        .map_err(|reason| Error::data(id, reason))?;
+    let called = id.rsplit('/').next().unwrap_or(id).to_string();
+    let tars = folder.join(split);
+    let shards = shards(&tars)?;
+    if shards.is_empty() {
+        return Err(Error::data(id, format!("has no tars in `{split}/`")));
+    }
+    let found = Reader { path: &folder, called, options }.tars(&folder, shards)?;
+    Ok((folder, found))
 }
 
 pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Found> {
     let metadata = std::fs::metadata(path).map_err(|e| Error::read(path, e))?;
-    let reader = Reader { path, options };
+    let reader = Reader { path, called: set_name(path), options };
     if !metadata.is_dir() {
         return reader.file(path);
     }
@@ -54,6 +90,9 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Found> {
     reader.folder()
 }
 
+/// Class names and the file they come from.
+type Names = Option<(PathBuf, Vec<String>)>;
+
 /// The files that are a whole set.
 #[derive(Clone, Copy)]
 enum Kind {
@@ -63,8 +102,10 @@ enum Kind {
 }
 
 struct Reader<'a> {
-    /// As it was given.
+    /// As it was given, or where the Hub's cache has it.
     path: &'a Path,
+    /// What the set is called, unless its format tells.
+    called: String,
     options: &'a OpenOptions,
 }
 
@@ -93,75 +134,60 @@ impl Reader<'_> {
     /// A set in one file.
     fn one(&self, file: &Path, kind: Kind) -> Result<Found> {
         let folder = parent(file);
-        let (entry, beside, items, defects, side) = match kind {
+        let (name, items, defects, side, beside) = match kind {
             Kind::Stl10 => {
                 let (items, defects) = stl10::index(file)?;
-                let names = folder.join("class_names.txt");
-                let names = match names.is_file() {
-                    true => Some((names.clone(), read_names(&names)?)),
-                    false => None,
-                };
-                ("stl10", names, items, defects, stl10::SIDE)
+                ("stl10", items, defects, stl10::SIDE, stl10::names(&folder))
             }
             Kind::Binary | Kind::Python => {
-                let (cifar, items): (Cifar, Vec<Item>) = match kind {
+                let (cifar, items) = match kind {
                     Kind::Python => cifar::python(file)?,
                     _ => cifar::binary(file)?,
                 };
-                (cifar.name(), cifar::names(cifar, &folder)?, items, Vec::new(), cifar::SIDE)
+                (cifar.name(), items, Vec::new(), cifar::SIDE, cifar::names(cifar, &folder))
             }
         };
-        let entry = self.entry(entry)?;
+        let prompt_names = match self.names(|| beside)? {
+            Some((_, names)) => names,
+            None => self.registered(name).unwrap_or_default(),
+        };
         let columns = matches!(kind, Kind::Stl10);
-        Ok(Found {
-            name: entry.map_or_else(|| set_name(file), |entry| entry.name.clone()),
-            prompt_names: self.names(beside, entry)?.map(|(_, names)| names).unwrap_or_default(),
-            templates: self.templates(&folder, entry)?,
-            entry,
-            items,
-            defects,
-            source: Source::Planes { file: file.to_path_buf(), side, columns },
-        })
+        let source = Source::Planes { file: file.to_path_buf(), side, columns };
+        self.found(name, &folder, (prompt_names, items, defects), source)
     }
 
     fn tars(&self, folder: &Path, files: Vec<PathBuf>) -> Result<Found> {
         let members = Members::read(&files)?;
-        let entry = self.entry(&set_name(self.path))?;
-        let names = self.names(names_beside(folder)?, entry)?;
-        let (prompt_names, items, defects) = if members.labelled {
-            let Some((_, names)) = names else {
-                let reason = format!("has no `{CLASSES}` beside it; give one with `--classes`");
-                return Err(Error::data(self.path, reason));
+        let names = self.names(|| names_beside(folder))?;
+        let found = if members.labelled {
+            let names = match names {
+                Some((_, names)) => Some(names),
+                None => self.registered(&self.called),
             };
+            let names = names.ok_or_else(|| {
+                Error::data(self.path, format!("has no `{CLASSES}` beside it; give one with `--classes`"))
+            })?;
             let (items, defects) = members.samples();
             (names, items, defects)
         } else {
             self.labelled(members.folders(), names)?
         };
-        self.found(entry, folder, prompt_names, items, defects, Source::Packed(files))
+        self.found(&self.called, folder, found, Source::Packed(files))
     }
 
     fn folder(&self) -> Result<Found> {
-        let entry = self.entry(&set_name(self.path))?;
-        let names = names_beside(self.path)?;
         let folders = folder::index(self.path)?;
-        let any = |folders: &Folders| !folders.items.is_empty() || !folders.defects.is_empty();
-        if !any(&folders) {
+        if folders.items.is_empty() && folders.defects.is_empty() {
             let reason = "holds no data set: no tars, no files of CIFAR or STL10, \
                           no folders `CLASS/` of pictures";
             return Err(Error::data(self.path, reason));
         }
-        let names = self.names(names, None)?;
-        let (prompt_names, items, defects) = self.labelled(folders, names)?;
-        let source = Source::Files(self.path.to_path_buf());
-        self.found(entry, self.path, prompt_names, items, defects, source)
+        let found = self.labelled(folders, self.names(|| names_beside(self.path))?)?;
+        self.found(&self.called, self.path, found, Source::Files(self.path.to_path_buf()))
     }
 
-    fn labelled(
-        &self,
-        folders: Folders,
-        names: Option<(PathBuf, Vec<String>)>,
-    ) -> Result<(Vec<String>, Vec<Item>, Vec<super::Defect>)> {
+    /// An image folder's class names, items and defects.
+    fn labelled(&self, folders: Folders, names: Names) -> Result<(Vec<String>, Vec<Item>, Vec<Defect>)> {
         let Folders { names: folders, mut items, defects } = folders;
         let (labels, names) = label_folders(&folders, names)?;
         for item in &mut items {
@@ -172,40 +198,42 @@ impl Reader<'_> {
 
     fn found(
         &self,
-        entry: Option<&'static Entry>,
+        name: &str,
         folder: &Path,
-        prompt_names: Vec<String>,
-        items: Vec<Item>,
-        defects: Vec<super::Defect>,
+        (prompt_names, items, defects): (Vec<String>, Vec<Item>, Vec<Defect>),
         source: Source,
     ) -> Result<Found> {
-        let name = entry.map_or_else(|| set_name(self.path), |entry| entry.name.clone());
+        let entry = self.entry(name, prompt_names.len())?;
+        let name = entry.map_or(name, |entry| entry.name.as_str()).to_string();
         let templates = self.templates(folder, entry)?;
         Ok(Found { name, prompt_names, templates, entry, items, defects, source })
     }
 
-    /// The registered set: the one asked for, or the one so called.
-    fn entry(&self, name: &str) -> Result<Option<&'static Entry>> {
-        match &self.options.dataset {
-            Some(asked) => registry::entry(asked).map(Some),
-            None => Ok(registry::entries().iter().find(|entry| entry.is_called(name))),
+    /// The registered set of `classes`: the one asked for, or the one so called.
+    fn entry(&self, name: &str, classes: usize) -> Result<Option<&'static Entry>> {
+        let Some(asked) = &self.options.dataset else {
+            return Ok(registry::entries().iter().find(|entry| entry.fits(name, classes)));
+        };
+        let entry = registry::entry(asked)?;
+        if entry.classes == classes {
+            return Ok(Some(entry));
+        }
+        let reason = format!("has {classes} classes, but {} has {}", entry.title, entry.classes);
+        Err(Error::data(self.path, reason))
+    }
+
+    /// The class names: those asked for, or those `beside`.
+    fn names(&self, beside: impl FnOnce() -> Result<Names>) -> Result<Names> {
+        match &self.options.classes {
+            Some(file) => Ok(Some((file.clone(), read_names(file)?))),
+            None => beside(),
         }
     }
 
-    /// The class names: those asked for, those `beside`, or those registered.
-    fn names(
-        &self,
-        beside: Option<(PathBuf, Vec<String>)>,
-        entry: Option<&'static Entry>,
-    ) -> Result<Option<(PathBuf, Vec<String>)>> {
-        if let Some(file) = &self.options.classes {
-            return Ok(Some((file.clone(), read_names(file)?)));
-        }
-        let registered = || {
-            let entry = entry?;
-            Some((self.path.to_path_buf(), entry.class_names.clone()?))
-        };
-        Ok(beside.or_else(registered))
+    /// The class names that are registered for a set so called, or asked for.
+    fn registered(&self, name: &str) -> Option<Vec<String>> {
+        let name = self.options.dataset.as_deref().unwrap_or(name);
+        registry::entry(name).ok().and_then(|entry| entry.class_names.clone())
     }
 
     fn templates(&self, folder: &Path, entry: Option<&'static Entry>) -> Result<Option<Vec<String>>> {
@@ -216,7 +244,7 @@ impl Reader<'_> {
     }
 }
 
-fn names_beside(folder: &Path) -> Result<Option<(PathBuf, Vec<String>)>> {
+fn names_beside(folder: &Path) -> Result<Names> {
     match beside(folder, CLASSES) {
         Some(file) => {
             let names = read_names(&file)?;

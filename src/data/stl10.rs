@@ -47,3 +47,13 @@ fn labels_of(pictures: &Path, name: &str) -> Result<PathBuf> {
         Some(split) => Ok(pictures.with_file_name(format!("{split}_y.bin"))),
     }
 }
+
+/// The class names beside a file, where they are.
+pub(super) fn names(beside: &Path) -> Result<Option<(PathBuf, Vec<String>)>> {
+    let file = beside.join("class_names.txt");
+    if !file.is_file() {
+        return Ok(None);
+    }
+    let names = super::names::read_names(&file)?;
+    Ok(Some((file, names)))
+}
