@@ -119,7 +119,7 @@ impl RunFlags {
         let model = options.find()?;
         let preprocess = model.preprocess(options.contract)?;
         let side = model.tower_config()?.image_size as u32;
-        let set = self.data.open(global.seed, side)?;
+        let set = self.data.open(global.seed, side, options.offline)?;
         let templates = self.data.templates(&set)?;
         let head = |model: &Model| {
             ZeroShotHead::with_prompt_names(

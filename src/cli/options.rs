@@ -87,8 +87,8 @@ pub fn argument(what: &str, expected: &str, found: &str) -> Error {
 #[derive(Args, Clone)]
 #[command(next_help_heading = "Data")]
 pub struct DataFlags {
-    /// An image folder, WebDataset tars, CIFAR or STL10 files, or the built-in pocket
-    /// (pocket:validation and pocket:train are its other splits)
+    /// An image folder, WebDataset tars, CIFAR or STL10 files, a registered set's name or its Hub
+    /// id, or the built-in pocket (pocket:validation and pocket:train are its other splits)
     #[arg(long, value_name = "PATH", default_value = "pocket")]
     data: String,
     /// A seeded sample of this many pictures; all where not given, 520 of pocket
@@ -111,7 +111,7 @@ pub struct DataFlags {
 
 impl DataFlags {
     /// The pictures; `size` is the side the pocket world is drawn at.
-    pub fn open(&self, seed: u64, size: u32) -> Result<LabelledSet> {
+    pub fn open(&self, seed: u64, size: u32, offline: bool) -> Result<LabelledSet> {
         let n = self.n.map(|n| usize::try_from(n).unwrap_or(usize::MAX));
         let split = match self.data.as_str() {
             "pocket" => Some(Split::Test),
@@ -132,7 +132,7 @@ impl DataFlags {
             return LabelledSet::pocket(split, 0, self.n.unwrap_or(520), size);
         }
         let options = OpenOptions { classes: self.classes.clone(), dataset: self.dataset.clone() };
-        let set = LabelledSet::open(Path::new(&self.data), &options)?;
+        let set = LabelledSet::find(&self.data, &options, &Lookup { revision: None, offline })?;
         Ok(match n {
             Some(n) if self.first => set.first(n),
             Some(n) => set.sample(n, seed),
