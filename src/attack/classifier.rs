@@ -122,13 +122,6 @@ pub(super) fn scaled(cotangent: &Tensor) -> Result<(Tensor, Tensor)> {
     Ok((cotangent.broadcast_mul(&up)?, down))
 }
 
-/// The most pictures at once where the caller does not say: on a CPU 1, which makes a picture's
-/// result independent of its batch. Several are worked on side by side, so it costs little where a
-/// picture has many tokens; where it has few, larger batches read the weights less often.
-pub(super) fn default_batch(tower: &impl VisionTower) -> usize {
-    if tower.device().is_cpu() { 1 } else { 32 }
-}
-
 /// A tower, with or without a defence put in, and a head on its embeddings.
 ///
 /// Gradients go through everything in the tower, GIF and FRA included.
@@ -149,7 +142,7 @@ impl<T: VisionTower, H: Head> TowerClassifier<T, H> {
         if tower.spec().projection.is_none() {
             return Err(Error::Unsupported(format!("{subject}: the vision tower has no projection")));
         }
-        Ok(Self { batch: default_batch(&tower), tower, head, subject })
+        Ok(Self { batch: tower.batch(), tower, head, subject })
     }
 
     /// The same with at most `batch` pictures at once: 1 on a CPU and 32 elsewhere where not

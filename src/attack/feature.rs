@@ -2,7 +2,7 @@ use candle_core::{D, DType, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::classifier::{default_batch, pixel_gradient, scaled, unit, unit_vjp};
+use super::classifier::{pixel_gradient, scaled, unit, unit_vjp};
 use super::objective::{check_rows, in_batches};
 use super::pictures::select;
 use super::{Evaluation, Objective, Subject};
@@ -128,7 +128,7 @@ impl<T: VisionTower> FeatureObjective<T> {
             }
         }
         let references = unit(&references.to_device(tower.device())?.to_dtype(DType::F32)?)?.0;
-        Ok(Self { batch: default_batch(&tower), tower, subject, feature, direction, references })
+        Ok(Self { batch: tower.batch(), tower, subject, feature, direction, references })
     }
 
     /// Away from the features of the clean pictures `(n, 3, H, W)` themselves.
