@@ -207,7 +207,12 @@ fn defences_are_put_in_as_in_the_plain_tower() {
 #[test]
 fn a_picture_has_the_same_bits_in_every_batch_and_with_every_number_of_threads() {
     for precision in [Precision::F32, Precision::Bf16] {
-        let Some(fast) = packed(&tower("quick_gelu"), precision) else { return };
+        let plain = tower("quick_gelu");
+        let gif = Some(Arc::new(Gif::new(51, 51, 9.0, &Device::Cpu).unwrap()));
+        let anchor = training_free(&plain).unwrap();
+        let fra = Some(Arc::new(Fra::new(&anchor, 1.2, -0.8, &Device::Cpu).unwrap()));
+        let defended = plain.with(Defense { gif, fra, ..Default::default() }.inserts());
+        let Some(fast) = packed(&defended, precision) else { return };
         let row = |tensor: &Tensor, i: usize, n: usize| tensor.narrow(0, i, n).unwrap().contiguous().unwrap();
         for (name, want, cotangent) in passes(21) {
             let cut = |i: usize, n: usize| Cotangent {

@@ -142,8 +142,8 @@ impl<T: VisionTower> FeatureObjective<T> {
         Self::new(tower, subject, feature, Direction::Away, &Tensor::cat(&parts, 0)?)
     }
 
-    /// The same with at most `batch` pictures at once: 1 on a CPU and 32 elsewhere where not
-    /// given. With more than 1 a picture's gradient depends on its batch in the last bits.
+    /// The same with at most `batch` pictures at once, [`VisionTower::batch`] where not given. With
+    /// more than that a picture's gradient can depend on its batch in the last bits.
     pub fn with_batch(self, batch: usize) -> Self {
         Self { batch: batch.max(1), ..self }
     }

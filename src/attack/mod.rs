@@ -13,7 +13,8 @@
 //!   figure ([`Scored`]) only together with its [`Threat`].
 //!
 //! Whatever an attack draws at random is keyed by the picture ([`Pictures`]), and a tower on a CPU
-//! is given one picture at a time, so a picture's result does not depend on its batch.
+//! is given one picture at a time, or is packed, so a picture's result does not depend on its
+//! batch.
 
 mod ball;
 mod classifier;
@@ -21,6 +22,7 @@ mod crafted;
 mod eps;
 mod feature;
 mod loss;
+mod mixed;
 mod objective;
 mod pgd;
 mod pictures;
@@ -34,6 +36,7 @@ pub use crafted::{Crafted, Outcome, Recipe, Scored};
 pub use eps::Eps;
 pub use feature::{Direction, Feature, FeatureObjective};
 pub use loss::{Loss, LossValues};
+pub use mixed::Mixed;
 pub use objective::{
     Classification, ClassificationObjective, Classifier, Evaluation, Goal, Objective, in_batches,
 };

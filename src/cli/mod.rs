@@ -4,6 +4,7 @@
 //! command was used wrongly.
 
 mod anchor;
+mod bench;
 #[cfg(feature = "engine")]
 mod chat;
 #[cfg(feature = "engine")]
@@ -66,6 +67,8 @@ enum Command {
     Serve(serve::Serve),
     /// Make, show and check robustness anchors
     Anchor(anchor::Anchor),
+    /// Measure how fast this machine is
+    Bench(bench::Bench),
     /// The pocket world: draw its pictures, train its models, score them
     Pocket(pocket::Pocket),
 }
@@ -90,6 +93,7 @@ pub fn main() -> ExitCode {
         #[cfg(feature = "engine")]
         Command::Serve(serve) => serve.run(&cli.global),
         Command::Anchor(anchor) => anchor.run(&cli.global),
+        Command::Bench(bench) => bench.run(&cli.global),
         Command::Pocket(pocket) => pocket.run(&cli.global),
     };
     match result {

@@ -265,7 +265,7 @@ impl<F: Format> Encoder<F> {
     ) -> Result<(Features, Option<Tape>)> {
         let rows = self.rows(pixels.dim(0)?);
         let filtered = match &inserts.input {
-            Some(filter) => filter.apply(pixels)?,
+            Some(filter) => each_picture(pixels, |pixels| filter.apply(pixels))?,
             None => pixels.clone(),
         };
         let embedded = self.stream(rows);
@@ -671,7 +671,7 @@ impl<F: Format> Encoder<F> {
                     let filtered =
                         Tensor::from_vec(self.patch_rows_vjp(patches.mat(), rows), shape, &Device::Cpu)?;
                     match &inserts.input {
-                        Some(filter) => filter.adjoint(&filtered)?,
+                        Some(filter) => each_picture(&filtered, |gradient| filter.adjoint(gradient))?,
                         None => filtered,
                     }
                 }
@@ -794,6 +794,13 @@ fn put(tensor: &Tensor, rows: Rows, width: usize, base: Option<Mat>, to: Mat) ->
             }
         });
     })
+}
+
+/// Gives `f` one picture of `(B, 3, H, W)` at a time, and puts the results together: the bits of
+/// what it does may depend on how many it is given.
+fn each_picture(pixels: &Tensor, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+    let parts = (0..pixels.dim(0)?).map(|row| f(&pixels.narrow(0, row, 1)?)).collect::<Result<Vec<_>>>()?;
+    Ok(Tensor::cat(&parts, 0)?)
 }
 
 /// Gives `f` the numbers of an f32 tensor on a CPU.
