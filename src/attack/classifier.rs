@@ -122,13 +122,6 @@ pub(super) fn scaled(cotangent: &Tensor) -> Result<(Tensor, Tensor)> {
     Ok((cotangent.broadcast_mul(&up)?, down))
 }
 
-/// The most pictures at once where the caller does not say: on a CPU 1, which makes a picture's
-/// result independent of its batch. Several are worked on side by side, so it costs little where a
-/// picture has many tokens; where it has few, larger batches read the weights less often.
-pub(super) fn default_batch(tower: &impl VisionTower) -> usize {
-    if tower.device().is_cpu() { 1 } else { 32 }
-}
-
 /// A tower, with or without a defence put in, and a head on its embeddings.
 ///
 /// Gradients go through everything in the tower, GIF and FRA included.
@@ -149,11 +142,11 @@ impl<T: VisionTower, H: Head> TowerClassifier<T, H> {
         if tower.spec().projection.is_none() {
             return Err(Error::Unsupported(format!("{subject}: the vision tower has no projection")));
         }
-        Ok(Self { batch: default_batch(&tower), tower, head, subject })
+        Ok(Self { batch: tower.batch(), tower, head, subject })
     }
 
-    /// The same with at most `batch` pictures at once: 1 on a CPU and 32 elsewhere where not
-    /// given. With more than 1 a picture's gradient depends on its batch in the last bits.
+    /// The same with at most `batch` pictures at once, [`VisionTower::batch`] where not given. With
+    /// more than that a picture's gradient can depend on its batch in the last bits.
     pub fn with_batch(self, batch: usize) -> Self {
         Self { batch: batch.max(1), ..self }
     }
@@ -190,7 +183,7 @@ impl<T: VisionTower, H: Head> Classifier for TowerClassifier<T, H> {
 
     fn logits(&self, pixels: &Tensor) -> Result<Tensor> {
         let embeds = self.embeds(self.tower.forward(pixels, &Want::pooled())?)?;
-        self.head.logits(&embeds.to_dtype(DType::F32)?)
+        each(&embeds.to_dtype(DType::F32)?, |embeds, _| self.head.logits(embeds))
     }
 
     fn logits_and_gradients(
@@ -201,9 +194,11 @@ impl<T: VisionTower, H: Head> Classifier for TowerClassifier<T, H> {
         let (features, tape) = self.tower.forward_tape(pixels, &Want::pooled())?;
         let embeds = self.embeds(features)?;
         let wide = embeds.to_dtype(DType::F32)?;
-        let logits = self.head.logits(&wide)?;
+        let logits = each(&wide, |embeds, _| self.head.logits(embeds))?;
         let gradient = |cotangent: &Tensor| {
-            let (cotangent, undo) = scaled(&self.head.vjp(&wide, cotangent)?)?;
+            let at_embeds =
+                each(&wide, |embeds, row| self.head.vjp(embeds, &cotangent.narrow(0, row, embeds.dim(0)?)?))?;
+            let (cotangent, undo) = scaled(&at_embeds)?;
             let cotangent =
                 Cotangent { embeds: Some(cotangent.to_dtype(embeds.dtype())?), ..Default::default() };
             Ok(pixel_gradient(&self.tower, &tape, &cotangent)?.broadcast_mul(&undo)?)
@@ -211,6 +206,17 @@ impl<T: VisionTower, H: Head> Classifier for TowerClassifier<T, H> {
         let gradients = cotangents(&logits)?.iter().map(gradient).collect::<Result<_>>()?;
         Ok((logits, gradients))
     }
+}
+
+/// Gives `f` rows of `embeds` `(B, P)` and the number of the first, on a CPU one at a time: a
+/// product's bits depend on how many it is given.
+fn each(embeds: &Tensor, f: impl Fn(&Tensor, usize) -> Result<Tensor>) -> Result<Tensor> {
+    let batch = embeds.dim(0)?;
+    if batch == 1 || !embeds.device().is_cpu() {
+        return f(embeds, 0);
+    }
+    let parts = (0..batch).map(|row| f(&embeds.narrow(0, row, 1)?, row)).collect::<Result<Vec<_>>>()?;
+    Ok(Tensor::cat(&parts, 0)?)
 }
 
 /// The gradient at the pixels, `(B, 3, H, W)` f32.

@@ -2,7 +2,7 @@ use candle_core::{D, DType, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::classifier::{default_batch, pixel_gradient, scaled, unit, unit_vjp};
+use super::classifier::{pixel_gradient, scaled, unit, unit_vjp};
 use super::objective::{check_rows, in_batches};
 use super::pictures::select;
 use super::{Evaluation, Objective, Subject};
@@ -128,7 +128,7 @@ impl<T: VisionTower> FeatureObjective<T> {
             }
         }
         let references = unit(&references.to_device(tower.device())?.to_dtype(DType::F32)?)?.0;
-        Ok(Self { batch: default_batch(&tower), tower, subject, feature, direction, references })
+        Ok(Self { batch: tower.batch(), tower, subject, feature, direction, references })
     }
 
     /// Away from the features of the clean pictures `(n, 3, H, W)` themselves.
@@ -142,8 +142,8 @@ impl<T: VisionTower> FeatureObjective<T> {
         Self::new(tower, subject, feature, Direction::Away, &Tensor::cat(&parts, 0)?)
     }
 
-    /// The same with at most `batch` pictures at once: 1 on a CPU and 32 elsewhere where not
-    /// given. With more than 1 a picture's gradient depends on its batch in the last bits.
+    /// The same with at most `batch` pictures at once, [`VisionTower::batch`] where not given. With
+    /// more than that a picture's gradient can depend on its batch in the last bits.
     pub fn with_batch(self, batch: usize) -> Self {
         Self { batch: batch.max(1), ..self }
     }

@@ -13,7 +13,8 @@
 //!   figure ([`Scored`]) only together with its [`Threat`].
 //!
 //! Whatever an attack draws at random is keyed by the picture ([`Pictures`]), and a tower on a CPU
-//! is given one picture at a time, so a picture's result does not depend on its batch.
+//! is given one picture at a time, or is packed, so a picture's result does not depend on its
+//! batch.
 
 mod apgd;
 mod apgd_csr;
@@ -26,6 +27,7 @@ mod eps;
 mod fab;
 mod feature;
 mod loss;
+mod mixed;
 mod named;
 mod objective;
 mod pgd;
@@ -48,6 +50,7 @@ pub use eps::Eps;
 pub use fab::Fab;
 pub use feature::{Direction, Feature, FeatureObjective};
 pub use loss::{Loss, LossValues};
+pub use mixed::Mixed;
 pub use named::{NAMES, Named, Settings};
 pub use objective::{
     Classification, ClassificationObjective, Classifier, Evaluation, Goal, Objective, in_batches,

@@ -33,6 +33,22 @@ pub trait Classifier: Sync {
         pixels: &Tensor,
         cotangents: &mut dyn FnMut(&Tensor) -> Result<Vec<Tensor>>,
     ) -> Result<(Tensor, Vec<Tensor>)>;
+
+    /// Whether [`Classifier::near_logits_and_gradients`] gives other logits than
+    /// [`Classifier::logits`], which alone say whether a picture is fooled.
+    fn is_near(&self) -> bool {
+        false
+    }
+
+    /// As [`Classifier::logits_and_gradients`], with logits that are only near the classifier's
+    /// where [`Classifier::is_near`].
+    fn near_logits_and_gradients(
+        &self,
+        pixels: &Tensor,
+        cotangents: &mut dyn FnMut(&Tensor) -> Result<Vec<Tensor>>,
+    ) -> Result<(Tensor, Vec<Tensor>)> {
+        self.logits_and_gradients(pixels, cotangents)
+    }
 }
 
 impl<C: Classifier + ?Sized> Classifier for &C {
@@ -137,12 +153,12 @@ pub(super) fn check_rows(pixels: &Tensor, rows: &[usize], pictures: usize) -> Re
     }
 }
 
-/// Batches worked on side by side on a CPU. Each holds what its gradient needs, half a gigabyte
+/// Pictures worked on side by side on a CPU. Each holds what its gradient needs, half a gigabyte
 /// for a picture in ViT-L/14 at 336 pixels.
 const LANES: usize = 8;
 
-/// Runs `f` over at most `batch` pictures at a time, on a CPU several batches side by side, and
-/// puts the results together in order. `f` gets pixels and their rows; its tensors have a row per
+/// Runs `f` over at most `batch` pictures at a time, on a CPU several single pictures side by side,
+/// and puts the results together in order. `f` gets pixels and their rows; its tensors have a row per
 /// picture.
 ///
 /// # Errors
@@ -158,7 +174,9 @@ pub fn in_batches(
         return f(pixels, rows);
     }
     let parts: Vec<&[usize]> = rows.chunks(batch).collect();
-    let threads = if pixels.device().is_cpu() { rayon::current_num_threads().min(LANES) } else { 1 };
+    // What takes several pictures at once spreads them over the threads itself.
+    let lanes = if pixels.device().is_cpu() && batch == 1 { LANES } else { 1 };
+    let threads = rayon::current_num_threads().min(lanes);
     let next = AtomicUsize::new(0);
     // Threads of their own: a worker of rayon's that waits for a matrix product would begin
     // another batch meanwhile, and hold more and more of them.
@@ -321,6 +339,26 @@ impl ClassificationObjective<'_> {
     }
 }
 
+impl ClassificationObjective<'_> {
+    /// What the exact logits say of the pictures that those near them call fooled.
+    fn verify(&self, pixels: &Tensor, rows: &[usize], evaluation: &mut Evaluation) -> Result<()> {
+        let claimed: Vec<usize> = (0..rows.len()).filter(|&i| evaluation.is_fooled(i)).collect();
+        if claimed.is_empty() {
+            return Ok(());
+        }
+        let logits = self.task.classifier.logits(&select(pixels, &claimed)?)?;
+        let claimed_rows: Vec<usize> = claimed.iter().map(|&i| rows[i]).collect();
+        let (exact, _) = self.at_logits(&logits, &claimed_rows)?;
+        for (j, &i) in claimed.iter().enumerate() {
+            evaluation.loss[i] = exact.loss[j];
+            if let Some(fooled) = &mut evaluation.fooled {
+                fooled[i] = exact.is_fooled(j);
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Objective for ClassificationObjective<'_> {
     fn subject(&self) -> &Subject {
         self.task.classifier.subject()
@@ -354,11 +392,14 @@ impl Objective for ClassificationObjective<'_> {
         let classifier = self.task.classifier;
         let (evaluation, mut gradients) = in_batches(pixels, rows, classifier.batch(), |pixels, rows| {
             let mut evaluation = Evaluation::default();
-            let (_, gradients) = classifier.logits_and_gradients(pixels, &mut |logits| {
+            let (_, gradients) = classifier.near_logits_and_gradients(pixels, &mut |logits| {
                 let (found, cotangent) = self.at_logits(logits, rows)?;
                 evaluation = found;
                 Ok(vec![cotangent])
             })?;
+            if classifier.is_near() {
+                self.verify(pixels, rows, &mut evaluation)?;
+            }
             Ok((evaluation, gradients))
         })?;
         let missing = || Error::argument("classifier", "a gradient per cotangent", "none");

@@ -5,6 +5,7 @@
 
 mod anchor;
 mod attack;
+mod bench;
 #[cfg(feature = "engine")]
 mod chat;
 mod classify;
@@ -72,6 +73,8 @@ enum Command {
     Anchor(anchor::Anchor),
     Attack(Box<attack::AttackCommand>),
     Eval(eval::Eval),
+    /// Measure how fast this machine is
+    Bench(bench::Bench),
     /// The pocket world: draw its pictures, train its models, score them
     Pocket(pocket::Pocket),
 }
@@ -98,6 +101,7 @@ pub fn main() -> ExitCode {
         Command::Anchor(anchor) => anchor.run(&cli.global),
         Command::Attack(attack) => attack.run(&cli.global),
         Command::Eval(eval) => eval.run(&cli.global),
+        Command::Bench(bench) => bench.run(&cli.global),
         Command::Pocket(pocket) => pocket.run(&cli.global),
     };
     match result {

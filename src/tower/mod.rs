@@ -10,6 +10,7 @@
 
 pub mod clip;
 pub mod layers;
+mod packed;
 pub mod weights;
 
 use std::sync::Arc;
@@ -17,6 +18,16 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 
 use crate::Result;
+
+/// How the products of a tower on a CPU multiply; sums are f32 in either case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Precision {
+    /// f32.
+    F32,
+    /// Factors rounded to bf16: twice as fast and half as large, for crafting. What it finds is to
+    /// be judged in f32.
+    Bf16,
+}
 
 /// What a tower is: its shapes and where its weights came from.
 #[derive(Debug, Clone, PartialEq)]
@@ -163,6 +174,12 @@ pub trait VisionTower: Send + Sync {
     /// The device its weights are on.
     fn device(&self) -> &Device;
 
+    /// The most pictures to give it at once where the caller does not say: on a CPU as many as
+    /// leave a picture's result independent of its batch, which is 1 unless the tower knows better.
+    fn batch(&self) -> usize {
+        if self.device().is_cpu() { 1 } else { 32 }
+    }
+
     /// Runs pixels `(B, 3, H, W)` f32 in [0, 1] through the tower.
     ///
     /// # Errors
@@ -189,6 +206,10 @@ impl<T: VisionTower> VisionTower for &T {
 
     fn device(&self) -> &Device {
         (**self).device()
+    }
+
+    fn batch(&self) -> usize {
+        (**self).batch()
     }
 
     fn forward(&self, pixels: &Tensor, want: &Want) -> Result<Features> {

@@ -27,6 +27,11 @@ impl LayerNorm {
         &self.bias
     }
 
+    /// The epsilon added to the variance.
+    pub fn eps(&self) -> f64 {
+        self.eps
+    }
+
     /// The same layer with each tensor replaced by what `f` makes of it.
     pub fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
         Ok(Self { weight: f(&self.weight)?, bias: f(&self.bias)?, eps: self.eps })

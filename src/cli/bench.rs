@@ -1,0 +1,348 @@
+//! `radapt bench attack`
+
+use std::process::{Command as Process, ExitCode, Stdio};
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, bail};
+use candle_core::{Device, Tensor};
+use clap::{Args, Subcommand, ValueEnum};
+use radapt::attack::{picture_rng, uniform};
+use radapt::defense::acquire::training_free;
+use radapt::defense::{Defense, Fra, Gif, TRAINING_FREE_MIX, default_cutoff};
+use radapt::model::{Lookup, Model};
+use radapt::tower::clip::{Clip, ClipConfig};
+use radapt::tower::weights::Weights;
+use radapt::tower::{Cotangent, Precision, VisionTower, Want, Wrt};
+use radapt::{Error, Result};
+use serde_json::{Value, json};
+
+use super::options::argument;
+use super::{Global, print};
+
+#[derive(Args)]
+pub struct Bench {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Time the attack step, forward and gradient at the pixels, on this CPU
+    Attack(Attack),
+}
+
+/// Each case runs in a process of its own, so that its peak memory is its own.
+#[derive(Args)]
+struct Attack {
+    /// Towers of these shapes with random weights
+    #[arg(long, value_name = "SHAPE", default_value = "all", conflicts_with = "model")]
+    shape: Shapes,
+    /// The tower of a model instead: a folder, a Hub id or a built-in one
+    #[arg(long, value_name = "MODEL")]
+    model: Option<String>,
+    /// Pictures at once
+    #[arg(long, value_name = "N,...", default_value = "1,4", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..))]
+    batch: Vec<u16>,
+    /// f32, or bf16 with the f32 tower beside it that verifies
+    #[arg(long, value_name = "DTYPE,...", default_value = "f32,bf16", value_delimiter = ',')]
+    dtype: Vec<Dtype>,
+    /// Timed runs of each, after one that does not count
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    repeats: u16,
+    /// Put in the training-free defence, GIF and FRA
+    #[arg(long)]
+    defended: bool,
+    /// Run the one case given here, in this process
+    #[arg(long, hide = true)]
+    here: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum, PartialEq)]
+enum Shapes {
+    All,
+    #[value(name = "vit-b-16-224")]
+    VitB16,
+    #[value(name = "vit-l-14-336")]
+    VitL14,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Dtype {
+    F32,
+    Bf16,
+}
+
+impl Dtype {
+    fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        }
+    }
+}
+
+impl Shapes {
+    fn each(self) -> &'static [Self] {
+        match self {
+            Self::All => &[Self::VitB16, Self::VitL14],
+            Self::VitB16 => &[Self::VitB16],
+            Self::VitL14 => &[Self::VitL14],
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::All => "all",
+            Self::VitB16 => "vit-b-16-224",
+            Self::VitL14 => "vit-l-14-336",
+        }
+    }
+
+    /// The sizes of CLIP's ViT-B/16 and of the ViT-L/14 that LLaVA-1.5 has.
+    fn config(self) -> ClipConfig {
+        match self {
+            Self::VitL14 => ClipConfig {
+                hidden_size: 1024,
+                intermediate_size: 4096,
+                num_hidden_layers: 24,
+                num_attention_heads: 16,
+                image_size: 336,
+                patch_size: 14,
+                projection_dim: 768,
+                ..Default::default()
+            },
+            _ => ClipConfig { patch_size: 16, ..Default::default() },
+        }
+    }
+}
+
+/// Weights drawn at random by their names.
+struct Random {
+    seed: u64,
+}
+
+impl Weights for Random {
+    fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let mut rng = picture_rng(self.seed, 0, 0, name);
+        // Norms near one; products that keep the variance of what goes in.
+        let (centre, spread) = match shape {
+            [_] if name.contains("norm") && name.ends_with("weight") => (1.0, 0.1),
+            [_] => (0.0, 0.1),
+            [_, inner @ ..] => (0.0, (3.0 / inner.iter().product::<usize>() as f32).sqrt()),
+            [] => (0.0, 1.0),
+        };
+        let mut values = uniform(&mut rng, shape.iter().product());
+        values.iter_mut().for_each(|value| *value = centre + spread * *value);
+        Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        name == "visual_projection.weight"
+    }
+}
+
+impl Bench {
+    pub fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
+        match self.command {
+            Command::Attack(attack) if attack.here => attack.here(global),
+            Command::Attack(attack) => attack.run(global),
+        }
+    }
+}
+
+impl Attack {
+    fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
+        let shapes: Vec<Option<Shapes>> = match &self.model {
+            Some(_) => vec![None],
+            None => self.shape.each().iter().copied().map(Some).collect(),
+        };
+        let mut rows: Vec<Value> = Vec::new();
+        for shape in shapes {
+            for &batch in &self.batch {
+                for &dtype in &self.dtype {
+                    let what = match shape {
+                        Some(shape) => shape.name(),
+                        None => self.model.as_deref().unwrap_or_default(),
+                    };
+                    global.say(format!("{what}, batch {batch}, {}", dtype.name()));
+                    rows.extend(self.case(global, shape, batch, dtype)?);
+                }
+            }
+        }
+        let mut text = format!(
+            "{:<14} {:<8} {:<5} {:>5} {:>10} {:>10} {:>9} {:>8} {:>8}",
+            "shape", "what", "dtype", "batch", "median ms", "least ms", "images/s", "GFLOP/s", "peak MB"
+        );
+        for row in &rows {
+            let word = |key: &str| row[key].as_str().unwrap_or_default().to_string();
+            let number =
+                |key: &str, digits: usize| format!("{:.digits$}", row[key].as_f64().unwrap_or(f64::NAN));
+            text += &format!(
+                "\n{:<14} {:<8} {:<5} {:>5} {:>10} {:>10} {:>9} {:>8} {:>8}",
+                word("shape"),
+                word("name"),
+                word("dtype"),
+                number("batch", 0),
+                number("median_ms", 1),
+                number("min_ms", 1),
+                number("images_per_second", 2),
+                number("gflops", 0),
+                number("peak_rss_mb", 0),
+            );
+        }
+        print(global, json!({ "rows": rows }), &text)?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// One case, by this program in another process.
+    fn case(
+        &self,
+        global: &Global,
+        shape: Option<Shapes>,
+        batch: u16,
+        dtype: Dtype,
+    ) -> anyhow::Result<Vec<Value>> {
+        let program = std::env::current_exe().context("this program's own file")?;
+        let mut process = Process::new(program);
+        process.args(["bench", "attack", "--here", "--json", "--dtype", dtype.name()]);
+        process.args(["--batch", &batch.to_string(), "--repeats", &self.repeats.to_string()]);
+        process.args(["--seed", &global.seed.to_string()]);
+        match (&self.model, shape) {
+            (Some(model), _) => process.args(["--model", model]),
+            (None, Some(shape)) => process.args(["--shape", shape.name()]),
+            (None, None) => &mut process,
+        };
+        if self.defended {
+            process.arg("--defended");
+        }
+        let output = process.stderr(Stdio::inherit()).output().context("this program again")?;
+        if !output.status.success() {
+            bail!("the case failed: {}", output.status);
+        }
+        let mut json: Value = serde_json::from_slice(&output.stdout).context("the case's figures")?;
+        match json["rows"].take() {
+            Value::Array(rows) => Ok(rows),
+            other => bail!("the case gave no rows but {other}"),
+        }
+    }
+
+    fn here(self, global: &Global) -> anyhow::Result<ExitCode> {
+        let (&[batch], &[dtype]) = (&self.batch[..], &self.dtype[..]) else {
+            return Err(argument("--here", "one batch and one dtype", "several").into());
+        };
+        let (config, tower) = self.tower(global)?;
+        let batch = usize::from(batch);
+        let shape = if self.model.is_some() { "model" } else { self.shape.name() };
+        let side = tower.spec().image_size;
+        let mut rng = picture_rng(global.seed, 0, 0, "bench");
+        let pixels: Vec<f32> =
+            uniform(&mut rng, batch * 3 * side * side).into_iter().map(|v| (v + 1.0) / 2.0).collect();
+        let pixels = Tensor::from_vec(pixels, (batch, 3, side, side), &Device::Cpu)?;
+        let work = work(&config, batch);
+        let mut found = Vec::new();
+        match dtype {
+            Dtype::F32 => {
+                let tower = tower.packed(Precision::F32)?;
+                found.push(("forward", work, self.time(|| forward(&tower, &pixels))?));
+                found.push(("step", 2.0 * work, self.time(|| step(&tower, &pixels))?));
+            }
+            Dtype::Bf16 => {
+                let craft = tower.clone().packed(Precision::Bf16)?;
+                let verify = tower.packed(Precision::F32)?;
+                found.push(("verify", work, self.time(|| forward(&verify, &pixels))?));
+                found.push(("step", 2.0 * work, self.time(|| step(&craft, &pixels))?));
+            }
+        }
+        let peak = peak_rss()?;
+        let rows: Vec<Value> = found
+            .into_iter()
+            .map(|(name, work, mut times)| {
+                times.sort_by(f64::total_cmp);
+                let median = (times[(times.len() - 1) / 2] + times[times.len() / 2]) / 2.0;
+                json!({
+                    "name": name,
+                    "shape": shape,
+                    "dtype": dtype.name(),
+                    "batch": batch,
+                    "median_ms": median,
+                    "min_ms": times[0],
+                    "images_per_second": batch as f64 / median * 1e3,
+                    "gflops": work / median / 1e6,
+                    "peak_rss_mb": peak,
+                })
+            })
+            .collect();
+        print(global, json!({ "rows": rows }), "")?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// The tower in question and its sizes.
+    fn tower(&self, global: &Global) -> Result<(ClipConfig, Clip)> {
+        let (config, tower) = match &self.model {
+            Some(name) => {
+                let model = Model::find(name, &Lookup::default())?;
+                (model.tower_config()?, model.tower(&model.preprocess(None)?, None, &Device::Cpu)?)
+            }
+            None => {
+                let (config, random) = (self.shape.config(), Random { seed: global.seed });
+                let tower = Clip::new(&config, &random, Some(&random), [0.5; 3], [0.25; 3])?;
+                (config, tower)
+            }
+        };
+        if !self.defended {
+            return Ok((config, tower));
+        }
+        let (side, (alpha, beta)) = (config.image_size, TRAINING_FREE_MIX);
+        let gif = Some(Arc::new(Gif::new(side, side, default_cutoff(side), &Device::Cpu)?));
+        let fra = Some(Arc::new(Fra::new(&training_free(&tower)?, alpha, beta, &Device::Cpu)?));
+        let inserts = Defense { gif, fra, ..Default::default() }.inserts();
+        Ok((config, tower.with(inserts)))
+    }
+
+    /// Milliseconds of each run.
+    fn time(&self, run: impl Fn() -> Result<()>) -> Result<Vec<f64>> {
+        run()?;
+        (0..self.repeats)
+            .map(|_| {
+                let start = Instant::now();
+                run()?;
+                Ok(start.elapsed().as_secs_f64() * 1e3)
+            })
+            .collect()
+    }
+}
+
+fn forward(tower: &Clip, pixels: &Tensor) -> Result<()> {
+    tower.forward(pixels, &Want::pooled()).map(drop)
+}
+
+/// Forward, and the gradient of the embeddings' squared length.
+fn step(tower: &Clip, pixels: &Tensor) -> Result<()> {
+    let (features, tape) = tower.forward_tape(pixels, &Want::pooled())?;
+    let twice = |tensor: Option<Tensor>| tensor.map(|tensor| tensor * 2.0).transpose();
+    let cotangent = match twice(features.embeds)? {
+        None => Cotangent { pooled: twice(features.pooled)?, ..Default::default() },
+        embeds => Cotangent { embeds, ..Default::default() },
+    };
+    tower.vjp(&tape, &cotangent, Wrt { pixels: true, anchor: false }).map(drop)
+}
+
+/// Multiplications and additions of a forward pass: 2 B L (4 N D^2 + 2 N D M + 2 N^2 D) with M the
+/// MLP's width. What is left out of the last block counts as done.
+fn work(config: &ClipConfig, batch: usize) -> f64 {
+    let (d, m) = (config.hidden_size as f64, config.intermediate_size as f64);
+    let n = config.spec().tokens() as f64;
+    let block = 4.0 * n * d * d + 2.0 * n * d * m + 2.0 * n * n * d;
+    2.0 * batch as f64 * config.num_hidden_layers as f64 * block
+}
+
+/// The most memory this process has had so far, in 10^6 bytes.
+fn peak_rss() -> Result<f64> {
+    let text = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kilobytes = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<f64>().ok());
+    kilobytes
+        .map(|kilobytes| kilobytes * 1.024e-3)
+        .ok_or_else(|| Error::Unsupported("the peak memory: this system does not say".into()))
+}
