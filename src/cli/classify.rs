@@ -4,16 +4,19 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use candle_core::{DType, Device};
 use clap::Args;
-use radapt::attack::{Eps, Settings, Subject, ThreatKind, TowerClassifier};
+use radapt::attack::{Classifier, Eps, Mixed, Settings, Subject, ThreatKind, TowerClassifier};
 use radapt::defense::{AnchorChoice, Defense, DefenseOptions};
 use radapt::eval::classify::{AttackPlan, Classify, Model as UnderTest};
 use radapt::eval::run::{Manifest, Run};
 use radapt::eval::{Precision, Summary};
+use radapt::image::Preprocess;
 use radapt::model::Model;
 use radapt::pocket::built_in::{POCKET, POCKET_CLIP};
 use radapt::text::ZeroShotHead;
-use radapt::tower::VisionTower;
+use radapt::tower::clip::Clip;
+use radapt::tower::{Precision as Products, VisionTower};
 use serde_json::json;
 
 use super::options::{DataFlags, DefenseFlags, ModelOptions, PictureLimits, argument};
@@ -131,12 +134,13 @@ impl RunFlags {
         };
         let spinner = global.spinner("loading the model");
         let own_head = head(&model)?;
-        let tower = model.tower(&preprocess, options.dtype(), &device)?;
+        let own = Towers::load(&model, &preprocess, options.dtype(), &device)?;
+        let tower = &own.exact;
 
         let asked = self.defense.options();
         let mut defenses: Vec<(String, DefenseOptions)> = Vec::new();
         let undefended = DefenseOptions { anchor: AnchorChoice::None, ..DefenseOptions::default() };
-        let full = asked.build(&tower, || model.fingerprint())?;
+        let full = asked.build(tower, || model.fingerprint())?;
         let full_name = short_name(&full);
         if what.undefended || full_name == "none" || what.ablate {
             defenses.push(("none".into(), undefended));
@@ -154,10 +158,9 @@ impl RunFlags {
         }
         let mut models = Vec::new();
         for (name, options) in defenses {
-            let defense = options.build(&tower, || model.fingerprint())?;
+            let defense = options.build(tower, || model.fingerprint())?;
             let subject = Subject::new(&model.name, &defense)?;
-            let defended = tower.with(defense.inserts());
-            models.push((name, TowerClassifier::new(defended, &own_head, subject)?));
+            models.push((name, own.classifier(&own_head, &defense, subject)?));
         }
         let other = self
             .surrogate
@@ -168,18 +171,19 @@ impl RunFlags {
             Some(other) => head(other)?,
             None => own_head.clone(),
         };
+        let undefended = Defense::default();
         let surrogate = match &other {
             Some(other) => {
                 let prepared = other.preprocess(options.contract)?;
-                let found = other.tower(&prepared, options.dtype(), &device)?;
-                if found.spec().image_size != tower.spec().image_size {
+                let found = Towers::load(other, &prepared, options.dtype(), &device)?;
+                let size = found.exact.spec().image_size;
+                if size != tower.spec().image_size {
                     let expected = format!("a model for pictures of {side}x{side}");
-                    let found = found.spec().image_size;
-                    return Err(argument("--surrogate", &expected, &format!("{found}x{found}")).into());
+                    return Err(argument("--surrogate", &expected, &format!("{size}x{size}")).into());
                 }
-                TowerClassifier::new(found, &surrogate_head, Subject::undefended(&other.name))?
+                found.classifier(&surrogate_head, &undefended, Subject::undefended(&other.name))?
             }
-            None => TowerClassifier::new(tower.clone(), &surrogate_head, Subject::undefended(&model.name))?,
+            None => own.classifier(&surrogate_head, &undefended, Subject::undefended(&model.name))?,
         };
         spinner.finish_and_clear();
 
@@ -206,9 +210,12 @@ impl RunFlags {
             native: self.native_size,
             models: models
                 .iter()
-                .map(|(defense, classifier)| UnderTest { defense: defense.clone(), classifier })
+                .map(|(defense, classifier)| UnderTest {
+                    defense: defense.clone(),
+                    classifier: classifier.as_ref(),
+                })
                 .collect(),
-            surrogate: &surrogate,
+            surrogate: surrogate.as_ref(),
             attacks: what
                 .eps
                 .iter()
@@ -242,6 +249,44 @@ impl RunFlags {
         })?;
         bar.finish_and_clear();
         Ok(summary)
+    }
+}
+
+/// A model's tower in f32, and in the precision that pictures are crafted in where that is another.
+struct Towers {
+    exact: Clip,
+    craft: Option<Clip>,
+}
+
+impl Towers {
+    fn load(
+        model: &Model,
+        preprocess: &Preprocess,
+        dtype: Option<DType>,
+        device: &Device,
+    ) -> radapt::Result<Self> {
+        let exact = model.tower(preprocess, Some(DType::F32), device)?;
+        let craft = match dtype {
+            Some(DType::BF16) if device.is_cpu() => Some(exact.clone().packed(Products::Bf16)?),
+            Some(dtype) if dtype != DType::F32 => Some(exact.to_dtype(dtype)?),
+            _ => None,
+        };
+        Ok(Self { exact: exact.packed(Products::F32)?, craft })
+    }
+
+    /// Gradients may be of lower precision; whether a picture is fooled is said in f32.
+    fn classifier<'a>(
+        &self,
+        head: &'a ZeroShotHead,
+        defense: &Defense,
+        subject: Subject,
+    ) -> radapt::Result<Box<dyn Classifier + 'a>> {
+        let make = |tower: &Clip| TowerClassifier::new(tower.with(defense.inserts()), head, subject.clone());
+        let exact = make(&self.exact)?;
+        Ok(match &self.craft {
+            Some(craft) => Box::new(Mixed::new(make(craft)?, exact)?),
+            None => Box::new(exact),
+        })
     }
 }
 
