@@ -55,6 +55,7 @@ mod error;
 pub mod eval;
 pub mod image;
 pub mod model;
+mod page;
 pub mod pocket;
 #[cfg(feature = "engine")]
 pub mod server;
