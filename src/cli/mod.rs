@@ -8,6 +8,7 @@ mod anchor;
 mod chat;
 #[cfg(feature = "engine")]
 mod demo;
+mod eval_report;
 mod options;
 mod pocket;
 mod pocket_score;
@@ -66,6 +67,8 @@ enum Command {
     Serve(serve::Serve),
     /// Make, show and check robustness anchors
     Anchor(anchor::Anchor),
+    #[command(hide = true)]
+    EvalReport(eval_report::Report),
     /// The pocket world: draw its pictures, train its models, score them
     Pocket(pocket::Pocket),
 }
@@ -90,6 +93,7 @@ pub fn main() -> ExitCode {
         #[cfg(feature = "engine")]
         Command::Serve(serve) => serve.run(&cli.global),
         Command::Anchor(anchor) => anchor.run(&cli.global),
+        Command::EvalReport(report) => report.run(&cli.global),
         Command::Pocket(pocket) => pocket.run(&cli.global),
     };
     match result {

@@ -1,5 +1,6 @@
 //! Scoring: figures with their counts, intervals and threat models.
 
+pub mod report;
 mod row;
 mod summary;
 
