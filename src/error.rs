@@ -33,6 +33,16 @@ pub enum Error {
         /// What the user may do.
         hint: String,
     },
+    /// A run is a part of one.
+    #[error("`{}`: expected a whole run, found shard {index} of {of}", path.display())]
+    Shard {
+        /// The run's folder or file.
+        path: PathBuf,
+        /// Which shard.
+        index: usize,
+        /// Of how many.
+        of: usize,
+    },
     /// A picture is over one of the limits of [`crate::image::DecodeLimits`].
     #[error("picture `{name}` has {found} {unit}, the limit is {limit}")]
     PictureTooLarge {
@@ -142,6 +152,7 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::AnchorMismatch { hint, .. } | Self::Exists { hint, .. } => Some(hint.clone()),
+            Self::Shard { .. } => Some("join the shards first: `radapt eval merge`".into()),
             Self::PictureTooLarge { unit: "pixels", .. } => {
                 Some("scale the picture down, or raise `--max-pixels`".into())
             }

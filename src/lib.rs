@@ -57,6 +57,7 @@ pub mod eval;
 mod hub;
 pub mod image;
 pub mod model;
+mod page;
 pub mod pocket;
 #[cfg(feature = "engine")]
 pub mod server;

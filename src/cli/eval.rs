@@ -26,6 +26,8 @@ enum EvalCommand {
     Classify(Box<ClassifyCommand>),
     /// Put the shards of a run together
     Merge(Merge),
+    /// Make a report of runs: Markdown, CSV or a page with plots
+    Report(super::eval_report::Report),
 }
 
 impl Eval {
@@ -33,6 +35,7 @@ impl Eval {
         match self.command {
             EvalCommand::Classify(command) => command.run(global),
             EvalCommand::Merge(command) => command.run(global),
+            EvalCommand::Report(command) => command.run(global),
         }
     }
 }

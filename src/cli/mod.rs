@@ -12,6 +12,7 @@ mod classify;
 #[cfg(feature = "engine")]
 mod demo;
 mod eval;
+mod eval_report;
 mod options;
 mod pocket;
 mod pocket_score;

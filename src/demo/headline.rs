@@ -1,8 +1,8 @@
 //! What happened in a run, in words.
 
-use super::page::shorten;
 use super::report::{Report, Row};
 use crate::attack::{Eps, Threat, ThreatKind};
+use crate::page::shorten;
 
 /// The rows the headline is about: one task, its fullest defence, the strongest attacks on it.
 pub(super) struct Lead<'a> {

@@ -2,11 +2,13 @@
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use sha2::{Digest, Sha256};
 
 use super::headline::{Lead, share, things};
 use super::report::{Answer, Picture, Report, Row, Verdict, Version};
 use crate::attack::{Eps, Threat, ThreatKind};
+use crate::page::{
+    DEFENSE, document, escape, printable, prose, shorten, threat_code, two_threats, undefended_or,
+};
 
 /// How many pictures the page shows.
 const SHOWN: usize = 12;
@@ -32,23 +34,10 @@ const SIGNS: &str = r#"<svg class="symbols" aria-hidden="true" focusable="false"
 /// and the one style sheet, by its hash. Its headline is made of the rows; the first 12 pictures
 /// are shown.
 pub fn page(report: &Report) -> String {
-    let policy = format!(
-        "default-src 'none'; img-src data:; style-src 'sha256-{}'; base-uri 'none'; form-action 'none'",
-        STANDARD.encode(Sha256::digest(CSS))
-    );
     let lead = Lead::of(report);
     let defended = lead.defended_name(report);
-    [
-        format!(
-            "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-             <meta http-equiv=\"Content-Security-Policy\" content=\"{policy}\">\n\
-             <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-             <meta name=\"color-scheme\" content=\"light dark\">\n\
-             <meta name=\"referrer\" content=\"no-referrer\">\n\
-             <title>radapt demo: {model}</title>\n<style>{CSS}</style>\n</head>\n<body>\n\
-             <a class=\"skip\" href=\"#pictures\">Skip to the pictures</a>\n{SIGNS}",
-            model = escape(&report.model),
-        ),
+    let body = [
+        SIGNS.into(),
         top(report, &lead, &defended),
         "<main>\n".into(),
         gallery(report, &defended),
@@ -56,13 +45,10 @@ pub fn page(report: &Report) -> String {
         explanation(report, &defended),
         making(report),
         "</main>\n".into(),
-        format!(
-            "<footer><p>Made by radapt {}. Nothing on this page is loaded from anywhere else.</p></footer>\n\
-             </body>\n</html>\n",
-            env!("CARGO_PKG_VERSION")
-        ),
     ]
-    .concat()
+    .concat();
+    let title = format!("radapt demo: {}", report.model);
+    document(&title, "radapt demo", CSS, ("pictures", "the pictures"), &body)
 }
 
 /// The figures of the report as text for a terminal, at most 110 characters wide.
@@ -451,19 +437,8 @@ fn explanation(report: &Report, defended: &str) -> String {
          file again. “The change, magnified” shows the difference alone: grey is no change.</p>\n\
          <h3>The defence</h3>\n\
          <p>R-Adapt puts two things into a finished model, whose weights all stay as they are.</p>\n\
-         <ul>\n\
-         <li><b>GIF</b> softens the picture before the model sees it. Fine grain, where much of the nudging \
-         sits, is taken out; shapes and colours stay.</li>\n\
-         <li><b>FRA</b> mixes a fixed pattern, the anchor, into the model’s first attention step. It is the same \
-         for every picture, so no attacker can move it, and what the picture contributes counts for less.</li>\n\
-         </ul>\n<p>In force here: {defense}.{called}</p>\n\
-         <h3>Why two threat models?</h3>\n\
-         <p>A defence nobody knows of is easily good. Against {transfer} pictures, crafted on the undefended \
-         model, it is enough that the defended model is different. Against {adaptive} pictures the attacker has \
-         everything: the model, the defence and its anchor. Both cases are real, a change made for one model and \
-         spread to many, or an attacker with your very model in hand; but a figure of the one kind says nothing \
-         about the other. So no figure here goes without its kind.</p>\n\
-         <h3>The pocket model</h3>\n\
+         {DEFENSE}<p>In force here: {defense}.{called}</p>\n\
+         {threats}<h3>The pocket model</h3>\n\
          <p>The model that answers is {model}: a picture-and-language model of a few megabytes, trained \
          on pictures that a program draws, one object of 26 kinds in each. It is small enough to be asked and \
          attacked on any computer while you wait. It is built like the large ones, but the figures are about it alone: what \
@@ -474,8 +449,7 @@ fn explanation(report: &Report, defended: &str) -> String {
         } else {
             " That is not the whole of R-Adapt, and this page calls it by its own name."
         },
-        transfer = threat_code("transfer"),
-        adaptive = threat_code("adaptive"),
+        threats = two_threats(),
         model = escape(&report.model),
     )
 }
@@ -521,14 +495,6 @@ fn threat_words(row: &Row) -> &'static str {
     }
 }
 
-fn threat_code(kind: &str) -> String {
-    format!("<code class=\"threat\">{kind}</code>")
-}
-
-fn undefended_or(defense: &str) -> &str {
-    if defense == "none" { "undefended" } else { defense }
-}
-
 fn duration(seconds: f64) -> String {
     let whole = seconds.max(0.0).round() as u64;
     match (whole / 3600, whole / 60 % 60, whole % 60) {
@@ -538,52 +504,12 @@ fn duration(seconds: f64) -> String {
     }
 }
 
-/// The text with an ellipsis for what is beyond `most` characters.
-pub(super) fn shorten(text: &str, most: usize) -> String {
-    if text.chars().count() <= most {
-        return text.to_owned();
-    }
-    text.chars().take(most.saturating_sub(1)).chain(['…']).collect()
-}
-
-/// The text on one line, without characters that steer a terminal or turn the direction of writing.
-fn printable(text: &str) -> String {
-    text.chars()
-        .map(|c| match c {
-            '\n' | '\r' | '\t' => ' ',
-            '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => '\u{fffd}',
-            c if c.is_control() => '\u{fffd}',
-            c => c,
-        })
-        .collect()
-}
-
-/// The text as HTML, for contents and quoted attributes.
-fn escape(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in printable(text).chars() {
-        match c {
-            '&' => out.push_str("&amp;"),
-            '<' => out.push_str("&lt;"),
-            '>' => out.push_str("&gt;"),
-            '"' => out.push_str("&quot;"),
-            '\'' => out.push_str("&#39;"),
-            c => out.push(c),
-        }
-    }
-    out
-}
-
-/// The text as HTML with the name of the defence on one line.
-fn prose(text: &str) -> String {
-    escape(text).replace("R-Adapt", "<span class=\"nowrap\">R-Adapt</span>")
-}
-
 #[cfg(test)]
 mod tests {
     use image::{ImageFormat, RgbImage};
     use rand_chacha::ChaCha8Rng;
     use rand_chacha::rand_core::{RngCore, SeedableRng};
+    use sha2::{Digest, Sha256};
 
     use super::super::sample::{report, rows};
     use super::*;
