@@ -426,7 +426,8 @@ impl Group<'_> {
                 let digest = task.classifier().subject().digest.clone().unwrap_or_else(|| "none".into());
                 let eps = plan.eps.to_string().replace('/', "of");
                 let digest: String = digest.chars().take(8).collect();
-                let file = format!("{}-{eps}-{digest}-{first:016x}.safetensors", plan.name);
+                let name = safe(&plan.name);
+                let file = format!("{name}-{eps}-{digest}-{first:016x}.safetensors");
                 let found = attack.with_state(self.states.join(file)).evaluate(
                     task,
                     &pictures,
@@ -454,7 +455,8 @@ impl Group<'_> {
         lines: &[ItemLine],
     ) -> Result<()> {
         let eps = plan.eps.to_string().replace('/', "of");
-        let folder = self.folder.join("pictures").join(&plan.name).join(eps).join(format!("crafted-on-{on}"));
+        let folder =
+            self.folder.join("pictures").join(safe(&plan.name)).join(eps).join(format!("crafted-on-{on}"));
         for &row in rows {
             let line = &lines[self.members[row]];
             let path = folder.join(file_name(&line.id));
@@ -509,14 +511,19 @@ impl Group<'_> {
     }
 }
 
+/// What every file system takes as a name.
+fn safe(part: &str) -> String {
+    part.chars().map(|c| if c.is_ascii_alphanumeric() || "-_. ".contains(c) { c } else { '_' }).collect()
+}
+
 /// An item's name as that of a PNG file below a folder, whatever is in it.
 fn file_name(id: &str) -> PathBuf {
-    let safe = |part: &str| -> String {
-        part.chars().map(|c| if c.is_ascii_alphanumeric() || "-_. ".contains(c) { c } else { '_' }).collect()
-    };
     let parts = id.split('/').map(safe).filter(|part| !matches!(part.as_str(), "" | "." | ".."));
-    let path: PathBuf = parts.collect();
-    let mut name = path.into_os_string();
+    let mut name = parts.collect::<PathBuf>().into_os_string();
+    if Path::new(&name) != Path::new(id) {
+        // Two names may have become one.
+        name.push(format!("-{:08x}", key(id) as u32));
+    }
     name.push(".png");
     name.into()
 }
@@ -732,5 +739,23 @@ fn crafted_on(item: &AttackedItem) -> String {
     match &item.threat {
         Threat::Transfer { surrogate } => format!("{surrogate}, scored on {} (transfer)", item.defense),
         Threat::Adaptive => format!("{} (adaptive)", item.defense),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_item_has_a_file_of_its_own_below_the_folder() {
+        assert_eq!(file_name("0.tar/n01440764_10026"), Path::new("0.tar/n01440764_10026.png"));
+        let strange = ["../../etc/passwd", "/etc/passwd", "a:b", "a?b", "a_b", "", "..", "a//b", "a/./b"];
+        let mut found: Vec<PathBuf> = strange.iter().map(|id| file_name(id)).collect();
+        for path in &found {
+            assert!(path.is_relative() && !path.to_string_lossy().contains(".."), "{}", path.display());
+        }
+        found.sort();
+        found.dedup();
+        assert_eq!(found.len(), strange.len());
     }
 }
