@@ -75,6 +75,18 @@ impl<C: Classifier + ?Sized> Classifier for &C {
     ) -> Result<(Tensor, Vec<Tensor>)> {
         (**self).logits_and_gradients(pixels, cotangents)
     }
+
+    fn is_near(&self) -> bool {
+        (**self).is_near()
+    }
+
+    fn near_logits_and_gradients(
+        &self,
+        pixels: &Tensor,
+        cotangents: &mut dyn FnMut(&Tensor) -> Result<Vec<Tensor>>,
+    ) -> Result<(Tensor, Vec<Tensor>)> {
+        (**self).near_logits_and_gradients(pixels, cotangents)
+    }
 }
 
 /// What an objective says of pictures.

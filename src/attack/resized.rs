@@ -39,8 +39,18 @@ impl<C: Classifier> Resized<C> {
     }
 }
 
-/// R X C^T for every plane of `(B, 3, H, W)`; R is `(h, H)`, C is `(w, W)`.
+/// R X C^T for every plane of `(B, 3, H, W)`; R is `(h, H)`, C is `(w, W)`. On a CPU one picture at
+/// a time: a product's bits depend on how many it is given.
 fn sandwich(rows: &Tensor, x: &Tensor, columns: &Tensor) -> Result<Tensor> {
+    let batch = x.dim(0)?;
+    if batch == 1 || !x.device().is_cpu() {
+        return sandwich_at_once(rows, x, columns);
+    }
+    let parts = (0..batch).map(|row| sandwich_at_once(rows, &x.narrow(0, row, 1)?, columns));
+    Ok(Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)?)
+}
+
+fn sandwich_at_once(rows: &Tensor, x: &Tensor, columns: &Tensor) -> Result<Tensor> {
     let (batch, channels, height, width) = x.dims4()?;
     let planes = batch * channels;
     let (high, wide) = (rows.dim(0)?, columns.dim(0)?);
@@ -73,13 +83,30 @@ impl<C: Classifier> Classifier for Resized<C> {
         cotangents: &mut dyn FnMut(&Tensor) -> Result<Vec<Tensor>>,
     ) -> Result<(Tensor, Vec<Tensor>)> {
         let (logits, gradients) = self.inner.logits_and_gradients(&self.resize(pixels)?, cotangents)?;
-        let (rows, columns) = (self.rows.t()?, self.columns.t()?);
-        let back = |gradient: &Tensor| sandwich(&rows, gradient, &columns);
-        Ok((logits, gradients.iter().map(back).collect::<Result<_>>()?))
+        Ok((logits, self.back(&gradients)?))
+    }
+
+    fn is_near(&self) -> bool {
+        self.inner.is_near()
+    }
+
+    fn near_logits_and_gradients(
+        &self,
+        pixels: &Tensor,
+        cotangents: &mut dyn FnMut(&Tensor) -> Result<Vec<Tensor>>,
+    ) -> Result<(Tensor, Vec<Tensor>)> {
+        let (logits, gradients) = self.inner.near_logits_and_gradients(&self.resize(pixels)?, cotangents)?;
+        Ok((logits, self.back(&gradients)?))
     }
 }
 
 impl<C> Resized<C> {
+    /// Gradients at the inner classifier's pixels to those at the pictures.
+    fn back(&self, gradients: &[Tensor]) -> Result<Vec<Tensor>> {
+        let (rows, columns) = (self.rows.t()?, self.columns.t()?);
+        gradients.iter().map(|gradient| sandwich(&rows, gradient, &columns)).collect()
+    }
+
     /// `(B, 3, H, W)` to the inner classifier's size.
     fn resize(&self, pixels: &Tensor) -> Result<Tensor> {
         let (found, expected) = (pixels.dims(), (self.rows.dim(1)?, self.columns.dim(1)?));
