@@ -244,6 +244,26 @@ fn a_picture_has_the_same_bits_in_every_batch_and_with_every_number_of_threads()
 }
 
 #[test]
+fn a_tape_too_large_to_keep_gives_the_same_bits() {
+    // The inner layers of 48 pictures take 236 MB, those of one 5.
+    let wide = ClipConfig { hidden_size: 32, intermediate_size: 8192, ..config("quick_gelu") };
+    let plain = Clip::new(&wide, &Seeded, None, [0.5; 3], [0.25; 3]).unwrap();
+    let Some(fast) = packed(&plain, Precision::F32) else { return };
+    let (all, given) = (pixels(48), random(40, &[48, 32], -1.0));
+    let gradient = |from: usize, n: usize| {
+        let pixels = all.narrow(0, from, n).unwrap();
+        let (_, tape) = fast.forward_tape(&pixels, &Want::pooled()).unwrap();
+        let pooled = Some(given.narrow(0, from, n).unwrap());
+        let cotangent = Cotangent { pooled, ..Default::default() };
+        fast.vjp(&tape, &cotangent, Wrt { pixels: true, anchor: false }).unwrap().pixels.unwrap()
+    };
+    let whole = gradient(0, 48);
+    for i in [0, 29, 47] {
+        assert_eq!(values(&gradient(i, 1)), values(&whole.narrow(0, i, 1).unwrap()));
+    }
+}
+
+#[test]
 fn packed_weights_come_back() {
     let plain = tower("quick_gelu");
     let Some(fast) = packed(&plain, Precision::F32) else { return };
@@ -263,6 +283,32 @@ fn packed_weights_come_back() {
     let again = half.to_dtype(DType::F32).unwrap();
     assert_eq!(again.precision(), None);
     again.forward(&pixels(1), &Want::pooled()).unwrap();
+}
+
+#[test]
+fn a_picture_that_is_no_number_spoils_itself_alone() {
+    for precision in [Precision::F32, Precision::Bf16] {
+        let Some(fast) = packed(&tower("quick_gelu"), precision) else { return };
+        let (want, clean) = (Want::pooled(), pixels(3));
+        let mut broken = values(&clean);
+        broken[3 * 51 * 51 + 700] = f32::NAN;
+        let broken = Tensor::from_vec(broken, clean.dims(), &Device::Cpu).unwrap();
+        let (_, _, cotangent) = passes(3).remove(0);
+        let (features, gradients) = pass(&fast, &clean, &want, &cotangent, false);
+        let (found, tape) = fast.forward_tape(&broken, &want).unwrap();
+        let found_gradients = fast.vjp(&tape, &cotangent, Wrt { pixels: true, anchor: false }).unwrap();
+        let pairs = [
+            (found.embeds.unwrap(), features.embeds.unwrap()),
+            (found_gradients.pixels.unwrap(), gradients.pixels.unwrap()),
+        ];
+        for (found, clean) in pairs {
+            let row = |tensor: &Tensor, i: usize| values(&tensor.narrow(0, i, 1).unwrap());
+            assert_eq!((row(&found, 0), row(&found, 2)), (row(&clean, 0), row(&clean, 2)));
+            // Pixels beyond the last patch have no gradient at all.
+            let own = row(&found, 1);
+            assert!(own.iter().any(|v| v.is_nan()) && own.iter().all(|v| v.is_nan() || *v == 0.0));
+        }
+    }
 }
 
 #[test]
