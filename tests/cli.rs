@@ -564,3 +564,33 @@ mod chat {
         fails("no command", &["paint"], 2, "paint");
     }
 }
+
+#[test]
+fn the_attack_step_is_timed_case_by_case() {
+    let model = path("clip/v4");
+    let model = model.to_str().expect("a name");
+    let cases = ["--batch", "1,3", "--repeats", "2", "--json", "--quiet"];
+    let json = stdout_json(&[&["bench", "attack", "--model", model, "--defended"], &cases[..]].concat());
+    assert_eq!(json["schema_version"], 1);
+    let rows = json["rows"].as_array().expect("rows");
+    let names: Vec<String> =
+        rows.iter().map(|row| format!("{} {} {}", row["batch"], row["dtype"], row["name"])).collect();
+    let expected = ["1 f32 forward", "1 f32 step", "1 bf16 verify", "1 bf16 step"];
+    let expected = expected.iter().flat_map(|case| [case.to_string(), case.replacen('1', "3", 1)]);
+    let mut expected: Vec<String> = expected.collect();
+    let mut found: Vec<String> = names.iter().map(|name| name.replace('"', "")).collect();
+    (found.sort(), expected.sort());
+    assert_eq!(found, expected);
+    for row in rows {
+        let number = |key: &str| row[key].as_f64().unwrap_or_else(|| panic!("{key} in {row}"));
+        assert!(number("min_ms") > 0.0 && number("min_ms") <= number("median_ms"), "{row}");
+        let per_second = number("batch") / number("median_ms") * 1e3;
+        assert!((number("images_per_second") / per_second - 1.0).abs() < 1e-6, "{row}");
+        assert!(number("gflops") > 0.0 && number("peak_rss_mb") > 1.0, "{row}");
+    }
+    let output = radapt(&["bench", "attack", "--model", model, "--batch", "1", "--dtype", "f32"]);
+    assert!(text(&output.stdout).contains("peak MB"), "{}", text(&output.stdout));
+    fails("no batch", &["bench", "attack", "--batch", "0"], 2, "batch");
+    fails("two at once", &["bench", "attack", "--model", "x", "--shape", "all"], 2, "shape");
+    fails("several here", &["bench", "attack", "--here"], 2, "--here");
+}

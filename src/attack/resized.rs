@@ -42,12 +42,16 @@ impl<C: Classifier> Resized<C> {
 /// R X C^T for every plane of `(B, 3, H, W)`; R is `(h, H)`, C is `(w, W)`. On a CPU one picture at
 /// a time: a product's bits depend on how many it is given.
 fn sandwich(rows: &Tensor, x: &Tensor, columns: &Tensor) -> Result<Tensor> {
-    let (batch, channels, height, width) = x.dims4()?;
-    if batch > 1 && x.device().is_cpu() {
-        let each =
-            (0..batch).map(|i| sandwich(rows, &x.narrow(0, i, 1)?, columns)).collect::<Result<Vec<_>>>()?;
-        return Ok(Tensor::cat(&each, 0)?);
+    let batch = x.dim(0)?;
+    if batch == 1 || !x.device().is_cpu() {
+        return sandwich_at_once(rows, x, columns);
     }
+    let parts = (0..batch).map(|row| sandwich_at_once(rows, &x.narrow(0, row, 1)?, columns));
+    Ok(Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)?)
+}
+
+fn sandwich_at_once(rows: &Tensor, x: &Tensor, columns: &Tensor) -> Result<Tensor> {
+    let (batch, channels, height, width) = x.dims4()?;
     let planes = batch * channels;
     let (high, wide) = (rows.dim(0)?, columns.dim(0)?);
     let x = x.reshape((planes * height, width))?.matmul(&columns.t()?)?;
@@ -79,7 +83,7 @@ impl<C: Classifier> Classifier for Resized<C> {
         cotangents: &mut dyn FnMut(&Tensor) -> Result<Vec<Tensor>>,
     ) -> Result<(Tensor, Vec<Tensor>)> {
         let (logits, gradients) = self.inner.logits_and_gradients(&self.resize(pixels)?, cotangents)?;
-        Ok((logits, self.back(gradients)?))
+        Ok((logits, self.back(&gradients)?))
     }
 
     fn is_near(&self) -> bool {
@@ -92,13 +96,13 @@ impl<C: Classifier> Classifier for Resized<C> {
         cotangents: &mut dyn FnMut(&Tensor) -> Result<Vec<Tensor>>,
     ) -> Result<(Tensor, Vec<Tensor>)> {
         let (logits, gradients) = self.inner.near_logits_and_gradients(&self.resize(pixels)?, cotangents)?;
-        Ok((logits, self.back(gradients)?))
+        Ok((logits, self.back(&gradients)?))
     }
 }
 
 impl<C> Resized<C> {
     /// Gradients at the inner classifier's pixels to those at the pictures.
-    fn back(&self, gradients: Vec<Tensor>) -> Result<Vec<Tensor>> {
+    fn back(&self, gradients: &[Tensor]) -> Result<Vec<Tensor>> {
         let (rows, columns) = (self.rows.t()?, self.columns.t()?);
         gradients.iter().map(|gradient| sandwich(&rows, gradient, &columns)).collect()
     }

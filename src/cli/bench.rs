@@ -233,7 +233,7 @@ impl Attack {
         };
         let (config, tower) = self.tower(global)?;
         let batch = usize::from(batch);
-        let shape = if self.model.is_some() { "model" } else { self.shape.name() };
+        let shape = self.model.as_deref().unwrap_or(self.shape.name());
         let side = tower.spec().image_size;
         let mut rng = picture_rng(global.seed, 0, 0, "bench");
         let pixels: Vec<f32> =

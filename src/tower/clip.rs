@@ -617,7 +617,7 @@ impl Clip {
 }
 
 /// Tokens of a batch in a packed tower: with more, its products are no faster.
-const ROWS: usize = 2048;
+const ROWS: usize = 1024;
 
 /// Bytes that programs can still have, where the system says (Linux).
 fn available_memory() -> Option<usize> {
@@ -638,7 +638,7 @@ impl VisionTower for Clip {
         &self.device
     }
 
-    /// Of a packed tower enough for some two thousand tokens, if a quarter of the memory that is
+    /// Of a packed tower enough for some thousand tokens, if a quarter of the memory that is
     /// free holds what their gradient needs.
     fn batch(&self) -> usize {
         match &self.packed {

@@ -86,10 +86,15 @@ struct BlockTape {
     /// Queries, keys and values.
     attention: Option<(Buffer, Buffer)>,
     middle: Buffer,
-    up: Buffer,
+    /// The MLP before its activation; `None` where it is computed again.
+    up: Option<Buffer>,
     /// Whether all but keys, values and the input are of class tokens alone.
     class: bool,
 }
+
+/// Bytes that the MLPs' inner layers may take in an f32 tape. They are almost half of it; what is
+/// larger is computed again for the gradient, to the same bits, for a sixth more work.
+const INNER: usize = 192 << 20;
 
 /// What a forward pass keeps.
 pub struct Tape {
@@ -406,7 +411,9 @@ impl<F: Format> Encoder<F> {
         let copy = copies.then(|| self.narrow(asking));
         let normal = self.narrow(asking);
         self.normalise(&block.norm2, &middle, &normal, copy.as_ref(), asking);
-        let up = keep.then(|| self.take(asking, block.fc1.words()));
+        // In bf16 the stream is not kept to the bit, so the inner layer is.
+        let inner = self.blocks.len() * rows.all() * block.fc1.words() * 4;
+        let up = (keep && (copies || inner <= INNER)).then(|| self.take(asking, block.fc1.words()));
         let act = self.take(asking, block.fc1.words());
         let finish = Activated::<F> {
             bias: &block.fc1.bias,
@@ -423,8 +430,8 @@ impl<F: Format> Encoder<F> {
             (middle.mat(), middle, None)
         };
         residual(&block.fc2, &act, from, &output);
-        let tape = match (input, copy.or(held).filter(|_| keep), up) {
-            (Some(input), Some(middle), Some(up)) => Some(BlockTape { input, attention, middle, up, class }),
+        let tape = match (input, copy.or(held).filter(|_| keep)) {
+            (Some(input), Some(middle)) => Some(BlockTape { input, attention, middle, up, class }),
             _ => None,
         };
         Ok((output, tape))
@@ -470,10 +477,19 @@ impl<F: Format> Encoder<F> {
         copy: &Option<Buffer>,
         rows: Rows,
     ) {
-        let up = self.take(rows, block.fc1.words());
+        let again = tape.up.is_none().then(|| {
+            let normal = self.narrow(rows);
+            self.normalise(&block.norm2, &tape.middle, &normal, None, rows);
+            let up = self.take(rows, block.fc1.words());
+            let finish = Keep::<F> { bias: &block.fc1.bias, to: up.mat(), format: PhantomData };
+            product(&block.fc1.weight, false, normal.mat(), rows.panels(), &finish);
+            up
+        });
+        let kept = tape.up.as_ref().map(Buffer::mat);
+        let up = again.unwrap_or_else(|| self.take(rows, block.fc1.words()));
         let finish = Deactivated::<F> {
             activation: self.activation,
-            up: tape.up.mat(),
+            up: kept.unwrap_or(up.mat()),
             to: up.mat(),
             format: PhantomData,
         };

@@ -6,11 +6,11 @@ use super::kernel::{Finish, Format, LANES, Single};
 use super::memory::Mat;
 use crate::tower::layers::Activation;
 
-/// e^x to 2e-7 relative; below -87 it stays at e^-87.
+/// e^x to 2e-7 relative; below -87 it stays at e^-87. NaN stays NaN, being the second operand.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 pub fn exp(x: __m512) -> __m512 {
-    let x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(88.0)), _mm512_set1_ps(-87.0));
+    let x = _mm512_max_ps(_mm512_set1_ps(-87.0), _mm512_min_ps(_mm512_set1_ps(88.0), x));
     let power = _mm512_roundscale_ps::<0>(_mm512_mul_ps(x, _mm512_set1_ps(std::f32::consts::LOG2_E)));
     // ln 2 in two parts, the first with few enough bits that its multiples are exact.
     let r = _mm512_fnmadd_ps(power, _mm512_set1_ps(0.693_359_4), x);
