@@ -35,9 +35,10 @@ pub struct Apgd {
     /// Leave alone pictures that reach the goal untouched: for an untargeted attack those the
     /// model gets wrong.
     pub only_correct: bool,
-    /// Return the best place for every picture (fooled before not fooled, then the highest loss)
-    /// instead of what the original returns. The same pictures are fooled, and those that are not
-    /// may still fool another model. Always so where the objective has no goal.
+    /// Return the best place for every picture (fooled before not fooled, then the highest loss;
+    /// the clean picture is one of them) instead of what the original returns. The same pictures
+    /// are fooled, and those that are not may still fool another model. Always so where the
+    /// objective has no goal.
     pub keep_best: bool,
     /// Leave a picture as soon as it reaches the goal. The same pictures are fooled, sooner; those
     /// returned are then barely so.
@@ -101,12 +102,16 @@ pub(super) struct Record<'a> {
     /// The clean pictures until something better is found.
     pub(super) pixels: Vec<Tensor>,
     pub(super) outcomes: Vec<Outcome>,
+    /// Whether the clean picture reaches the goal.
+    reached: Vec<bool>,
     /// The highest loss so far, from -infinity.
     highest: Vec<f64>,
     pub(super) told: &'a mut dyn FnMut(&Progress),
     /// Steps done in all runs, and to do.
     done: usize,
     all: usize,
+    /// The last step told.
+    last: usize,
     began: usize,
 }
 
@@ -117,10 +122,12 @@ impl<'a> Record<'a> {
         Ok(Self {
             pixels: pixels.collect::<candle_core::Result<_>>()?,
             outcomes: vec![Outcome::default(); pictures.len()],
+            reached: vec![false; pictures.len()],
             highest: vec![f64::NEG_INFINITY; pictures.len()],
             told,
             done: 0,
             all,
+            last: 0,
             began: 0,
         })
     }
@@ -131,7 +138,24 @@ impl<'a> Record<'a> {
 
     fn tell(&mut self, step: usize, active: usize, goal: bool, fooled: impl Fn() -> usize) {
         let fooled = goal.then(fooled);
-        (self.told)(&Progress { step: self.done + step, steps: self.all, active, fooled });
+        self.last = self.done + step;
+        (self.told)(&Progress { step: self.last, steps: self.all, active, fooled });
+    }
+
+    /// After all runs: a picture that reaches the goal as it is, and at no place returned of those
+    /// seen, stays as it is; and where the last runs had nothing to do, progress ends here.
+    fn finish(&mut self, pictures: &Pictures) -> Result<()> {
+        for (row, outcome) in self.outcomes.iter_mut().enumerate() {
+            if self.reached[row] && outcome.fooled == Some(false) {
+                self.pixels[row] = pictures.pixels().narrow(0, row, 1)?;
+                outcome.fooled = Some(true);
+                outcome.loss = outcome.clean_loss;
+            }
+        }
+        if self.last < self.all && self.began > 0 {
+            (self.told)(&Progress { step: self.all, steps: self.all, active: 0, fooled: Some(self.began) });
+        }
+        Ok(())
     }
 
     pub(super) fn crafted(self, pictures: &Pictures, recipe: Recipe) -> Result<Crafted> {
@@ -289,7 +313,7 @@ impl Walk {
 }
 
 /// A loss that is not a number is below all others.
-fn number(loss: f64) -> f64 {
+pub(super) fn number(loss: f64) -> f64 {
     if loss.is_nan() { f64::NEG_INFINITY } else { loss }
 }
 
@@ -412,7 +436,7 @@ impl Apgd {
 }
 
 /// Per picture, whether a gradient without NaN is zero everywhere.
-fn without_direction(gradient: &Tensor) -> Result<Vec<bool>> {
+pub(super) fn without_direction(gradient: &Tensor) -> Result<Vec<bool>> {
     let most: Vec<f32> = gradient.flatten_from(1)?.abs()?.max(1)?.to_vec1()?;
     Ok(most.into_iter().map(|most| most == 0.0).collect())
 }
@@ -460,6 +484,7 @@ pub(super) fn begin(
         let outcome = &mut record.outcomes[row];
         outcome.clean_loss = Some(clean.loss[i]);
         outcome.attacked = !(only_correct && clean.is_fooled(i));
+        record.reached[row] = clean.is_fooled(i);
         outcome.fooled = if outcome.attacked { clean.fooled.as_ref().map(|_| false) } else { Some(true) };
     }
     Ok(())
@@ -492,9 +517,14 @@ impl Maximise for Apgd {
         self.check()?;
         let mut record = Record::new(pictures, self.steps * self.restarts, progress)?;
         begin(objective, pictures, self.only_correct, &mut record)?;
+        for (outcome, highest) in record.outcomes.iter_mut().zip(&mut record.highest) {
+            outcome.loss = outcome.clean_loss;
+            *highest = outcome.clean_loss.map_or(f64::NEG_INFINITY, number);
+        }
         for restart in 0..self.restarts {
             self.run(objective, pictures, seed, (restart as u64, self.name()), &mut record)?;
         }
+        record.finish(pictures)?;
         let recipe = Recipe {
             attack: self.name().into(),
             parameters: self.parameters(),
@@ -527,17 +557,18 @@ impl ApgdT {
     }
 }
 
-/// For every picture of `task` at `pixels`, the other classes by falling logit: `found[rank][row]`.
-/// Ties go to the class of the lower number.
-pub(super) fn ranked_targets(
-    task: &Classification,
-    pixels: &Tensor,
-    targets: usize,
-) -> Result<Vec<Vec<usize>>> {
-    let logits = super::loss::rows(&task.logits(pixels)?)?;
+/// For every chosen picture the other classes by falling logit, no more than `targets`:
+/// `found[rank][row]`. Ties go to the class of the lower number.
+fn ranked_targets(task: &Classification, pictures: &Pictures, targets: usize) -> Result<Vec<Vec<usize>>> {
     let others = task.classifier().classes().saturating_sub(1).min(targets);
     let mut found = vec![vec![0; task.labels().len()]; others];
-    for (row, (z, &y)) in logits.iter().zip(task.labels()).enumerate() {
+    let rows = pictures.rows();
+    if rows.is_empty() {
+        return Ok(found);
+    }
+    let logits = super::loss::rows(&task.logits(&select(pictures.pixels(), &rows)?)?)?;
+    for (row, z) in rows.into_iter().zip(logits) {
+        let y = task.labels()[row];
         let mut order: Vec<usize> = (0..z.len()).filter(|&class| class != y).collect();
         order.sort_by(|&a, &b| number(z[b]).total_cmp(&number(z[a])));
         for (rank, class) in found.iter_mut().zip(order) {
@@ -585,20 +616,21 @@ impl Attack for ApgdT {
         }
         // Refused here where there are too few classes.
         task.targeted(Loss::TargetedDlr, vec![0; task.labels().len()], Goal::Misclassify)?;
-        let targets = ranked_targets(task, pictures.pixels(), self.targets)?;
-        let runs = targets.len() * self.apgd.restarts;
+        let runs = self.targets.min(task.classifier().classes() - 1) * self.apgd.restarts;
         let mut record = Record::new(pictures, self.apgd.steps * runs, progress)?;
         let clean = task.objective(Loss::Margin { kappa: None })?;
         begin(&clean, pictures, self.apgd.only_correct, &mut record)?;
+        let targets = ranked_targets(task, pictures, self.targets)?;
         for (rank, targets) in targets.into_iter().enumerate() {
             let objective = task.targeted(Loss::TargetedDlr, targets, Goal::Misclassify)?;
             for restart in 0..self.apgd.restarts {
                 let start = (rank * self.apgd.restarts + restart) as u64;
                 self.apgd.run(&objective, pictures, seed, (start, self.name()), &mut record)?;
-                // Losses of different targets do not compare.
-                record.highest.fill(f64::NEG_INFINITY);
             }
+            // Losses of different targets do not compare.
+            record.highest.fill(f64::NEG_INFINITY);
         }
+        record.finish(pictures)?;
         let recipe = Recipe {
             attack: self.name().into(),
             parameters: self.parameters(),

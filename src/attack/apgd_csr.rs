@@ -1,11 +1,11 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::apgd::{Record, begin};
+use super::apgd::{Record, begin, number, without_direction};
 use super::objective::{take, without_nan};
 use super::pictures::select;
 use super::{Ball, Crafted, Eps, Loss, Maximise, Objective, OnLoss, Pictures, Progress, Recipe};
-use crate::Result;
+use crate::{Error, Result};
 
 /// What the authors of CSR and R-Adapt publish under APGD's name (`csr/attacks/apgd.py`), for
 /// reproduction only: sign steps of 2 eps, halved at 22, 48 and 78 % of the steps whatever the
@@ -56,6 +56,9 @@ impl Maximise for ApgdCsr {
         seed: u64,
         progress: &mut dyn FnMut(&Progress),
     ) -> Result<Crafted> {
+        if self.steps == 0 {
+            return Err(Error::argument("steps", "at least 1", 0));
+        }
         let mut record = Record::new(pictures, self.steps, progress)?;
         begin(objective, pictures, false, &mut record)?;
         let rows = pictures.rows();
@@ -68,15 +71,18 @@ impl Maximise for ApgdCsr {
             for done in 0..self.steps {
                 let (found, gradient) = objective.values_and_gradient(&pixels, &rows)?;
                 let (gradient, nan) = without_nan(&gradient)?;
+                // The start is the best so far even where its loss is no number.
                 let better: Vec<bool> =
-                    found.loss.iter().zip(&highest).map(|(loss, best)| loss > best).collect();
+                    found.loss.iter().zip(&highest).map(|(loss, best)| done == 0 || loss > best).collect();
                 best = take(&better, &pixels, &best)?;
+                let zero = if done == 0 { without_direction(&gradient)? } else { vec![false; rows.len()] };
                 for (i, &row) in rows.iter().enumerate() {
                     let outcome = &mut record.outcomes[row];
+                    outcome.zero_gradient |= zero[i];
                     outcome.gradients += 1;
                     outcome.nan_gradients += nan[i];
                     if better[i] {
-                        highest[i] = found.loss[i];
+                        highest[i] = number(found.loss[i]);
                         outcome.loss = Some(found.loss[i]);
                         outcome.fooled = found.fooled.as_ref().map(|fooled| fooled[i]);
                     }
