@@ -515,7 +515,7 @@ fn the_top_of_a_quadratic_is_found() {
             assert!(outcome.clean_loss.unwrap() < found[row]);
             assert_eq!(outcome.gradients, apgd.restarts * (apgd.steps + 1));
             let short_of = want[row] - found[row];
-            assert!(short_of >= -1e-5 && short_of < 1e-3, "{row}: {short_of}");
+            assert!((-1e-5..1e-3).contains(&short_of), "{row}: {short_of}");
         }
     }
     // At the top already: the clean picture is the best.

@@ -77,6 +77,9 @@ impl Classifier for Switch {
     }
 }
 
+/// The pictures chosen, and all pixels.
+type Shown = (Vec<usize>, Tensor);
+
 /// An attack on [`Switch`] that fools the pictures it is told to, and changes all others too.
 #[derive(Clone)]
 struct Scripted {
@@ -90,8 +93,8 @@ struct Scripted {
     still: bool,
     /// What it says of every picture.
     outcome: Outcome,
-    /// The pictures it was given, and which were chosen.
-    seen: Arc<Mutex<Vec<(Vec<usize>, Tensor)>>>,
+    /// What it was given.
+    seen: Arc<Mutex<Vec<Shown>>>,
     fails: Arc<AtomicBool>,
 }
 
@@ -548,7 +551,7 @@ fn the_state_of_another_run_or_a_damaged_one_is_refused() {
     let whole = run(&task, &[&a, &b], &all, 0).unwrap();
     let bytes = std::fs::read(&path).unwrap();
     let refused = |found: Result<Evaluated>, why: &str| {
-        let error = found.err().expect(why).to_string();
+        let error = found.expect_err(why).to_string();
         assert!(error.contains("state.safetensors") && error.contains(why), "{error}");
         assert!(error.contains("not the state of an AutoAttack run"), "{error}");
         assert_eq!(std::fs::read(&path).unwrap().is_empty(), why == "empty");
@@ -571,7 +574,7 @@ fn the_state_of_another_run_or_a_damaged_one_is_refused() {
     refused(run(&task, &[&a, &b], &pictures(&turned), 0), another);
     let damaged = |bytes: &[u8]| {
         std::fs::write(&path, bytes).unwrap();
-        let error = run(&task, &[&a, &b], &all, 0).err().expect("damaged").to_string();
+        let error = run(&task, &[&a, &b], &all, 0).expect_err("damaged").to_string();
         assert!(error.contains("state.safetensors`: not the state of an AutoAttack run: "), "{error}");
         error
     };

@@ -2,10 +2,11 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::objective::{take, without_nan};
+use super::crafted::Finished;
+use super::objective::{check_pictures, take, without_nan};
 use super::pictures::select;
 use super::{
-    Attack, Ball, Classification, Crafted, Eps, Evaluation, Goal, Loss, Maximise, Objective, OnLoss, Outcome,
+    Attack, Ball, Classification, Crafted, Eps, Evaluation, Goal, Loss, Maximise, Objective, OnLoss,
     Pictures, Progress, Recipe, picture_rng, uniform,
 };
 use crate::{Error, Result};
@@ -99,9 +100,7 @@ impl Apgd {
 
 /// What becomes of the pictures, in the order of all.
 pub(super) struct Record<'a> {
-    /// The clean pictures until something better is found.
-    pub(super) pixels: Vec<Tensor>,
-    pub(super) outcomes: Vec<Outcome>,
+    pub(super) finished: Finished,
     /// Whether the clean picture reaches the goal.
     reached: Vec<bool>,
     /// The highest loss so far, from -infinity.
@@ -117,11 +116,8 @@ pub(super) struct Record<'a> {
 
 impl<'a> Record<'a> {
     pub(super) fn new(pictures: &Pictures, all: usize, told: &'a mut dyn FnMut(&Progress)) -> Result<Self> {
-        let whole = pictures.pixels();
-        let pixels = (0..pictures.len()).map(|row| whole.narrow(0, row, 1));
         Ok(Self {
-            pixels: pixels.collect::<candle_core::Result<_>>()?,
-            outcomes: vec![Outcome::default(); pictures.len()],
+            finished: Finished::new(pictures)?,
             reached: vec![false; pictures.len()],
             highest: vec![f64::NEG_INFINITY; pictures.len()],
             told,
@@ -130,10 +126,6 @@ impl<'a> Record<'a> {
             last: 0,
             began: 0,
         })
-    }
-
-    fn is_fooled(&self, row: usize) -> bool {
-        self.outcomes[row].fooled == Some(true)
     }
 
     fn tell(&mut self, step: usize, active: usize, goal: bool, fooled: impl Fn() -> usize) {
@@ -145,9 +137,9 @@ impl<'a> Record<'a> {
     /// After all runs: a picture that reaches the goal as it is, and at no place returned of those
     /// seen, stays as it is; and where the last runs had nothing to do, progress ends here.
     fn finish(&mut self, pictures: &Pictures) -> Result<()> {
-        for (row, outcome) in self.outcomes.iter_mut().enumerate() {
+        for (row, outcome) in self.finished.outcomes.iter_mut().enumerate() {
             if self.reached[row] && outcome.fooled == Some(false) {
-                self.pixels[row] = pictures.pixels().narrow(0, row, 1)?;
+                self.finished.pixels[row] = pictures.pixels().narrow(0, row, 1)?;
                 outcome.fooled = Some(true);
                 outcome.loss = outcome.clean_loss;
             }
@@ -156,10 +148,6 @@ impl<'a> Record<'a> {
             (self.told)(&Progress { step: self.all, steps: self.all, active: 0, fooled: Some(self.began) });
         }
         Ok(())
-    }
-
-    pub(super) fn crafted(self, pictures: &Pictures, recipe: Recipe) -> Result<Crafted> {
-        Crafted::new(pictures, Tensor::cat(&self.pixels, 0)?, recipe, self.outcomes)
     }
 }
 
@@ -329,8 +317,9 @@ impl Apgd {
         record: &mut Record,
     ) -> Result<()> {
         let all = pictures.rows().into_iter();
-        let rows: Vec<usize> =
-            all.filter(|&row| record.outcomes[row].attacked && !record.is_fooled(row)).collect();
+        let rows: Vec<usize> = all
+            .filter(|&row| record.finished.outcomes[row].attacked && !record.finished.is_fooled(row))
+            .collect();
         if record.began == 0 {
             record.began = rows.len();
         }
@@ -356,7 +345,7 @@ impl Apgd {
         let (found, gradient) = self.evaluate(objective, &first, &rows, record)?;
         let zero = without_direction(&gradient)?;
         for (&row, zero) in rows.iter().zip(zero) {
-            record.outcomes[row].zero_gradient |= zero;
+            record.finished.outcomes[row].zero_gradient |= zero;
         }
         let goal = found.fooled.is_some();
         let mut walk = Walk::new(rows, ball, first, &found, gradient, 2.0 * self.eps.value());
@@ -394,7 +383,7 @@ impl Apgd {
     fn settle(&self, walk: &Walk, done: &[usize], goal: bool, record: &mut Record) -> Result<()> {
         for &i in done {
             let row = walk.rows[i];
-            let outcome = &mut record.outcomes[row];
+            let outcome = &mut record.finished.outcomes[row];
             let fooled = walk.fooled[i];
             outcome.fooled = goal.then_some(fooled);
             let returned = if goal && !self.keep_best {
@@ -405,7 +394,7 @@ impl Apgd {
             if returned {
                 record.highest[row] = walk.returned_loss[i];
                 outcome.loss = Some(walk.returned_loss[i]);
-                record.pixels[row] = walk.returned.narrow(0, i, 1)?.force_contiguous()?;
+                record.finished.pixels[row] = walk.returned.narrow(0, i, 1)?.force_contiguous()?;
             }
         }
         Ok(())
@@ -427,8 +416,8 @@ impl Apgd {
         }
         let (gradient, nan) = without_nan(&sum)?;
         for (&row, nan) in rows.iter().zip(nan) {
-            record.outcomes[row].gradients += self.eot;
-            record.outcomes[row].nan_gradients += nan;
+            record.finished.outcomes[row].gradients += self.eot;
+            record.finished.outcomes[row].nan_gradients += nan;
         }
         // A mean and a sum have the same signs.
         Ok((found, gradient))
@@ -471,17 +460,14 @@ pub(super) fn begin(
     only_correct: bool,
     record: &mut Record,
 ) -> Result<()> {
-    if objective.pictures() != pictures.len() {
-        let expected = format!("as many as the objective is made for, {}", objective.pictures());
-        return Err(Error::argument("pictures", expected, pictures.len()));
-    }
+    check_pictures(objective, pictures)?;
     let rows = pictures.rows();
     if rows.is_empty() {
         return Ok(());
     }
     let clean = objective.values(&select(pictures.pixels(), &rows)?, &rows)?;
     for (i, &row) in rows.iter().enumerate() {
-        let outcome = &mut record.outcomes[row];
+        let outcome = &mut record.finished.outcomes[row];
         outcome.clean_loss = Some(clean.loss[i]);
         outcome.attacked = !(only_correct && clean.is_fooled(i));
         record.reached[row] = clean.is_fooled(i);
@@ -517,7 +503,7 @@ impl Maximise for Apgd {
         self.check()?;
         let mut record = Record::new(pictures, self.steps * self.restarts, progress)?;
         begin(objective, pictures, self.only_correct, &mut record)?;
-        for (outcome, highest) in record.outcomes.iter_mut().zip(&mut record.highest) {
+        for (outcome, highest) in record.finished.outcomes.iter_mut().zip(&mut record.highest) {
             outcome.loss = outcome.clean_loss;
             *highest = outcome.clean_loss.map_or(f64::NEG_INFINITY, number);
         }
@@ -525,16 +511,7 @@ impl Maximise for Apgd {
             self.run(objective, pictures, seed, (restart as u64, self.name()), &mut record)?;
         }
         record.finish(pictures)?;
-        let recipe = Recipe {
-            attack: self.name().into(),
-            parameters: self.parameters(),
-            objective: objective.describe(),
-            eps: Some(self.eps),
-            seed,
-            crafted_on: objective.subject().clone(),
-            quantised: false,
-        };
-        record.crafted(pictures, recipe)
+        record.finished.crafted(pictures, Recipe::of(self, objective, seed))
     }
 }
 
@@ -640,6 +617,6 @@ impl Attack for ApgdT {
             crafted_on: task.classifier().subject().clone(),
             quantised: false,
         };
-        record.crafted(pictures, recipe)
+        record.finished.crafted(pictures, recipe)
     }
 }

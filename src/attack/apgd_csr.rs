@@ -77,7 +77,7 @@ impl Maximise for ApgdCsr {
                 best = take(&better, &pixels, &best)?;
                 let zero = if done == 0 { without_direction(&gradient)? } else { vec![false; rows.len()] };
                 for (i, &row) in rows.iter().enumerate() {
-                    let outcome = &mut record.outcomes[row];
+                    let outcome = &mut record.finished.outcomes[row];
                     outcome.zero_gradient |= zero[i];
                     outcome.gradients += 1;
                     outcome.nan_gradients += nan[i];
@@ -91,25 +91,16 @@ impl Maximise for ApgdCsr {
                     step /= 2.0;
                 }
                 pixels = ball.project(&(&pixels + (gradient.sign()? * step)?)?)?;
-                let fooled = found
-                    .fooled
-                    .map(|_| rows.iter().filter(|&&row| record.outcomes[row].fooled == Some(true)).count());
+                let fooled = found.fooled.map(|_| {
+                    rows.iter().filter(|&&row| record.finished.outcomes[row].fooled == Some(true)).count()
+                });
                 let (step, steps) = (done + 1, self.steps);
                 (record.told)(&Progress { step, steps, active: rows.len(), fooled });
             }
             for (i, &row) in rows.iter().enumerate() {
-                record.pixels[row] = best.narrow(0, i, 1)?.force_contiguous()?;
+                record.finished.pixels[row] = best.narrow(0, i, 1)?.force_contiguous()?;
             }
         }
-        let recipe = Recipe {
-            attack: self.name().into(),
-            parameters: self.parameters(),
-            objective: objective.describe(),
-            eps: Some(self.eps),
-            seed,
-            crafted_on: objective.subject().clone(),
-            quantised: false,
-        };
-        record.crafted(pictures, recipe)
+        record.finished.crafted(pictures, Recipe::of(self, objective, seed))
     }
 }

@@ -355,8 +355,9 @@ impl Attack for AutoAttack {
     }
 
     fn parameters(&self) -> Value {
-        let each = |attack: &Box<dyn Attack + Send + Sync>| json!({ "attack": attack.name(), "parameters": attack.parameters() });
-        json!({ "attacks": self.attacks.iter().map(each).collect::<Vec<_>>() })
+        let each =
+            self.attacks.iter().map(|of| json!({ "attack": of.name(), "parameters": of.parameters() }));
+        json!({ "attacks": each.collect::<Vec<_>>() })
     }
 
     fn eps(&self) -> Option<super::Eps> {
