@@ -2,10 +2,11 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::objective::{take, without_nan};
+use super::crafted::Finished;
+use super::objective::{check_pictures, take, without_nan};
 use super::pictures::select;
 use super::{
-    Attack, Ball, Classification, Crafted, Eps, Evaluation, Goal, Loss, Maximise, Objective, OnLoss, Outcome,
+    Attack, Ball, Classification, Crafted, Eps, Evaluation, Goal, Loss, Maximise, Objective, OnLoss,
     Pictures, Progress, Recipe, picture_rng, uniform,
 };
 use crate::{Error, Result};
@@ -35,9 +36,10 @@ pub struct Apgd {
     /// Leave alone pictures that reach the goal untouched: for an untargeted attack those the
     /// model gets wrong.
     pub only_correct: bool,
-    /// Return the best place for every picture (fooled before not fooled, then the highest loss)
-    /// instead of what the original returns. The same pictures are fooled, and those that are not
-    /// may still fool another model. Always so where the objective has no goal.
+    /// Return the best place for every picture (fooled before not fooled, then the highest loss;
+    /// the clean picture is one of them) instead of what the original returns. The same pictures
+    /// are fooled, and those that are not may still fool another model. Always so where the
+    /// objective has no goal.
     pub keep_best: bool,
     /// Leave a picture as soon as it reaches the goal. The same pictures are fooled, sooner; those
     /// returned are then barely so.
@@ -98,44 +100,54 @@ impl Apgd {
 
 /// What becomes of the pictures, in the order of all.
 pub(super) struct Record<'a> {
-    /// The clean pictures until something better is found.
-    pub(super) pixels: Vec<Tensor>,
-    pub(super) outcomes: Vec<Outcome>,
+    pub(super) finished: Finished,
+    /// Whether the clean picture reaches the goal.
+    reached: Vec<bool>,
     /// The highest loss so far, from -infinity.
     highest: Vec<f64>,
     pub(super) told: &'a mut dyn FnMut(&Progress),
     /// Steps done in all runs, and to do.
     done: usize,
     all: usize,
+    /// The last step told.
+    last: usize,
     began: usize,
 }
 
 impl<'a> Record<'a> {
     pub(super) fn new(pictures: &Pictures, all: usize, told: &'a mut dyn FnMut(&Progress)) -> Result<Self> {
-        let whole = pictures.pixels();
-        let pixels = (0..pictures.len()).map(|row| whole.narrow(0, row, 1));
         Ok(Self {
-            pixels: pixels.collect::<candle_core::Result<_>>()?,
-            outcomes: vec![Outcome::default(); pictures.len()],
+            finished: Finished::new(pictures)?,
+            reached: vec![false; pictures.len()],
             highest: vec![f64::NEG_INFINITY; pictures.len()],
             told,
             done: 0,
             all,
+            last: 0,
             began: 0,
         })
     }
 
-    fn is_fooled(&self, row: usize) -> bool {
-        self.outcomes[row].fooled == Some(true)
-    }
-
     fn tell(&mut self, step: usize, active: usize, goal: bool, fooled: impl Fn() -> usize) {
         let fooled = goal.then(fooled);
-        (self.told)(&Progress { step: self.done + step, steps: self.all, active, fooled });
+        self.last = self.done + step;
+        (self.told)(&Progress { step: self.last, steps: self.all, active, fooled });
     }
 
-    pub(super) fn crafted(self, pictures: &Pictures, recipe: Recipe) -> Result<Crafted> {
-        Crafted::new(pictures, Tensor::cat(&self.pixels, 0)?, recipe, self.outcomes)
+    /// After all runs: a picture that reaches the goal as it is, and at no place returned of those
+    /// seen, stays as it is; and where the last runs had nothing to do, progress ends here.
+    fn finish(&mut self, pictures: &Pictures) -> Result<()> {
+        for (row, outcome) in self.finished.outcomes.iter_mut().enumerate() {
+            if self.reached[row] && outcome.fooled == Some(false) {
+                self.finished.pixels[row] = pictures.pixels().narrow(0, row, 1)?;
+                outcome.fooled = Some(true);
+                outcome.loss = outcome.clean_loss;
+            }
+        }
+        if self.last < self.all && self.began > 0 {
+            (self.told)(&Progress { step: self.all, steps: self.all, active: 0, fooled: Some(self.began) });
+        }
+        Ok(())
     }
 }
 
@@ -289,7 +301,7 @@ impl Walk {
 }
 
 /// A loss that is not a number is below all others.
-fn number(loss: f64) -> f64 {
+pub(super) fn number(loss: f64) -> f64 {
     if loss.is_nan() { f64::NEG_INFINITY } else { loss }
 }
 
@@ -305,8 +317,9 @@ impl Apgd {
         record: &mut Record,
     ) -> Result<()> {
         let all = pictures.rows().into_iter();
-        let rows: Vec<usize> =
-            all.filter(|&row| record.outcomes[row].attacked && !record.is_fooled(row)).collect();
+        let rows: Vec<usize> = all
+            .filter(|&row| record.finished.outcomes[row].attacked && !record.finished.is_fooled(row))
+            .collect();
         if record.began == 0 {
             record.began = rows.len();
         }
@@ -332,7 +345,7 @@ impl Apgd {
         let (found, gradient) = self.evaluate(objective, &first, &rows, record)?;
         let zero = without_direction(&gradient)?;
         for (&row, zero) in rows.iter().zip(zero) {
-            record.outcomes[row].zero_gradient |= zero;
+            record.finished.outcomes[row].zero_gradient |= zero;
         }
         let goal = found.fooled.is_some();
         let mut walk = Walk::new(rows, ball, first, &found, gradient, 2.0 * self.eps.value());
@@ -370,7 +383,7 @@ impl Apgd {
     fn settle(&self, walk: &Walk, done: &[usize], goal: bool, record: &mut Record) -> Result<()> {
         for &i in done {
             let row = walk.rows[i];
-            let outcome = &mut record.outcomes[row];
+            let outcome = &mut record.finished.outcomes[row];
             let fooled = walk.fooled[i];
             outcome.fooled = goal.then_some(fooled);
             let returned = if goal && !self.keep_best {
@@ -381,7 +394,7 @@ impl Apgd {
             if returned {
                 record.highest[row] = walk.returned_loss[i];
                 outcome.loss = Some(walk.returned_loss[i]);
-                record.pixels[row] = walk.returned.narrow(0, i, 1)?.force_contiguous()?;
+                record.finished.pixels[row] = walk.returned.narrow(0, i, 1)?.force_contiguous()?;
             }
         }
         Ok(())
@@ -403,8 +416,8 @@ impl Apgd {
         }
         let (gradient, nan) = without_nan(&sum)?;
         for (&row, nan) in rows.iter().zip(nan) {
-            record.outcomes[row].gradients += self.eot;
-            record.outcomes[row].nan_gradients += nan;
+            record.finished.outcomes[row].gradients += self.eot;
+            record.finished.outcomes[row].nan_gradients += nan;
         }
         // A mean and a sum have the same signs.
         Ok((found, gradient))
@@ -412,7 +425,7 @@ impl Apgd {
 }
 
 /// Per picture, whether a gradient without NaN is zero everywhere.
-fn without_direction(gradient: &Tensor) -> Result<Vec<bool>> {
+pub(super) fn without_direction(gradient: &Tensor) -> Result<Vec<bool>> {
     let most: Vec<f32> = gradient.flatten_from(1)?.abs()?.max(1)?.to_vec1()?;
     Ok(most.into_iter().map(|most| most == 0.0).collect())
 }
@@ -447,19 +460,17 @@ pub(super) fn begin(
     only_correct: bool,
     record: &mut Record,
 ) -> Result<()> {
-    if objective.pictures() != pictures.len() {
-        let expected = format!("as many as the objective is made for, {}", objective.pictures());
-        return Err(Error::argument("pictures", expected, pictures.len()));
-    }
+    check_pictures(objective, pictures)?;
     let rows = pictures.rows();
     if rows.is_empty() {
         return Ok(());
     }
     let clean = objective.values(&select(pictures.pixels(), &rows)?, &rows)?;
     for (i, &row) in rows.iter().enumerate() {
-        let outcome = &mut record.outcomes[row];
+        let outcome = &mut record.finished.outcomes[row];
         outcome.clean_loss = Some(clean.loss[i]);
         outcome.attacked = !(only_correct && clean.is_fooled(i));
+        record.reached[row] = clean.is_fooled(i);
         outcome.fooled = if outcome.attacked { clean.fooled.as_ref().map(|_| false) } else { Some(true) };
     }
     Ok(())
@@ -492,19 +503,15 @@ impl Maximise for Apgd {
         self.check()?;
         let mut record = Record::new(pictures, self.steps * self.restarts, progress)?;
         begin(objective, pictures, self.only_correct, &mut record)?;
+        for (outcome, highest) in record.finished.outcomes.iter_mut().zip(&mut record.highest) {
+            outcome.loss = outcome.clean_loss;
+            *highest = outcome.clean_loss.map_or(f64::NEG_INFINITY, number);
+        }
         for restart in 0..self.restarts {
             self.run(objective, pictures, seed, (restart as u64, self.name()), &mut record)?;
         }
-        let recipe = Recipe {
-            attack: self.name().into(),
-            parameters: self.parameters(),
-            objective: objective.describe(),
-            eps: Some(self.eps),
-            seed,
-            crafted_on: objective.subject().clone(),
-            quantised: false,
-        };
-        record.crafted(pictures, recipe)
+        record.finish(pictures)?;
+        record.finished.crafted(pictures, Recipe::of(self, objective, seed))
     }
 }
 
@@ -527,17 +534,18 @@ impl ApgdT {
     }
 }
 
-/// For every picture of `task` at `pixels`, the other classes by falling logit: `found[rank][row]`.
-/// Ties go to the class of the lower number.
-pub(super) fn ranked_targets(
-    task: &Classification,
-    pixels: &Tensor,
-    targets: usize,
-) -> Result<Vec<Vec<usize>>> {
-    let logits = super::loss::rows(&task.logits(pixels)?)?;
+/// For every chosen picture the other classes by falling logit, no more than `targets`:
+/// `found[rank][row]`. Ties go to the class of the lower number.
+fn ranked_targets(task: &Classification, pictures: &Pictures, targets: usize) -> Result<Vec<Vec<usize>>> {
     let others = task.classifier().classes().saturating_sub(1).min(targets);
     let mut found = vec![vec![0; task.labels().len()]; others];
-    for (row, (z, &y)) in logits.iter().zip(task.labels()).enumerate() {
+    let rows = pictures.rows();
+    if rows.is_empty() {
+        return Ok(found);
+    }
+    let logits = super::loss::rows(&task.logits(&select(pictures.pixels(), &rows)?)?)?;
+    for (row, z) in rows.into_iter().zip(logits) {
+        let y = task.labels()[row];
         let mut order: Vec<usize> = (0..z.len()).filter(|&class| class != y).collect();
         order.sort_by(|&a, &b| number(z[b]).total_cmp(&number(z[a])));
         for (rank, class) in found.iter_mut().zip(order) {
@@ -585,20 +593,21 @@ impl Attack for ApgdT {
         }
         // Refused here where there are too few classes.
         task.targeted(Loss::TargetedDlr, vec![0; task.labels().len()], Goal::Misclassify)?;
-        let targets = ranked_targets(task, pictures.pixels(), self.targets)?;
-        let runs = targets.len() * self.apgd.restarts;
+        let runs = self.targets.min(task.classifier().classes() - 1) * self.apgd.restarts;
         let mut record = Record::new(pictures, self.apgd.steps * runs, progress)?;
         let clean = task.objective(Loss::Margin { kappa: None })?;
         begin(&clean, pictures, self.apgd.only_correct, &mut record)?;
+        let targets = ranked_targets(task, pictures, self.targets)?;
         for (rank, targets) in targets.into_iter().enumerate() {
             let objective = task.targeted(Loss::TargetedDlr, targets, Goal::Misclassify)?;
             for restart in 0..self.apgd.restarts {
                 let start = (rank * self.apgd.restarts + restart) as u64;
                 self.apgd.run(&objective, pictures, seed, (start, self.name()), &mut record)?;
-                // Losses of different targets do not compare.
-                record.highest.fill(f64::NEG_INFINITY);
             }
+            // Losses of different targets do not compare.
+            record.highest.fill(f64::NEG_INFINITY);
         }
+        record.finish(pictures)?;
         let recipe = Recipe {
             attack: self.name().into(),
             parameters: self.parameters(),
@@ -608,6 +617,6 @@ impl Attack for ApgdT {
             crafted_on: task.classifier().subject().clone(),
             quantised: false,
         };
-        record.crafted(pictures, recipe)
+        record.finished.crafted(pictures, recipe)
     }
 }

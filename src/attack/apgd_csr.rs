@@ -1,11 +1,11 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::apgd::{Record, begin};
+use super::apgd::{Record, begin, number, without_direction};
 use super::objective::{take, without_nan};
 use super::pictures::select;
 use super::{Ball, Crafted, Eps, Loss, Maximise, Objective, OnLoss, Pictures, Progress, Recipe};
-use crate::Result;
+use crate::{Error, Result};
 
 /// What the authors of CSR and R-Adapt publish under APGD's name (`csr/attacks/apgd.py`), for
 /// reproduction only: sign steps of 2 eps, halved at 22, 48 and 78 % of the steps whatever the
@@ -56,6 +56,9 @@ impl Maximise for ApgdCsr {
         seed: u64,
         progress: &mut dyn FnMut(&Progress),
     ) -> Result<Crafted> {
+        if self.steps == 0 {
+            return Err(Error::argument("steps", "at least 1", 0));
+        }
         let mut record = Record::new(pictures, self.steps, progress)?;
         begin(objective, pictures, false, &mut record)?;
         let rows = pictures.rows();
@@ -68,15 +71,18 @@ impl Maximise for ApgdCsr {
             for done in 0..self.steps {
                 let (found, gradient) = objective.values_and_gradient(&pixels, &rows)?;
                 let (gradient, nan) = without_nan(&gradient)?;
+                // The start is the best so far even where its loss is no number.
                 let better: Vec<bool> =
-                    found.loss.iter().zip(&highest).map(|(loss, best)| loss > best).collect();
+                    found.loss.iter().zip(&highest).map(|(loss, best)| done == 0 || loss > best).collect();
                 best = take(&better, &pixels, &best)?;
+                let zero = if done == 0 { without_direction(&gradient)? } else { vec![false; rows.len()] };
                 for (i, &row) in rows.iter().enumerate() {
-                    let outcome = &mut record.outcomes[row];
+                    let outcome = &mut record.finished.outcomes[row];
+                    outcome.zero_gradient |= zero[i];
                     outcome.gradients += 1;
                     outcome.nan_gradients += nan[i];
                     if better[i] {
-                        highest[i] = found.loss[i];
+                        highest[i] = number(found.loss[i]);
                         outcome.loss = Some(found.loss[i]);
                         outcome.fooled = found.fooled.as_ref().map(|fooled| fooled[i]);
                     }
@@ -85,25 +91,16 @@ impl Maximise for ApgdCsr {
                     step /= 2.0;
                 }
                 pixels = ball.project(&(&pixels + (gradient.sign()? * step)?)?)?;
-                let fooled = found
-                    .fooled
-                    .map(|_| rows.iter().filter(|&&row| record.outcomes[row].fooled == Some(true)).count());
+                let fooled = found.fooled.map(|_| {
+                    rows.iter().filter(|&&row| record.finished.outcomes[row].fooled == Some(true)).count()
+                });
                 let (step, steps) = (done + 1, self.steps);
                 (record.told)(&Progress { step, steps, active: rows.len(), fooled });
             }
             for (i, &row) in rows.iter().enumerate() {
-                record.pixels[row] = best.narrow(0, i, 1)?.force_contiguous()?;
+                record.finished.pixels[row] = best.narrow(0, i, 1)?.force_contiguous()?;
             }
         }
-        let recipe = Recipe {
-            attack: self.name().into(),
-            parameters: self.parameters(),
-            objective: objective.describe(),
-            eps: Some(self.eps),
-            seed,
-            crafted_on: objective.subject().clone(),
-            quantised: false,
-        };
-        record.crafted(pictures, recipe)
+        record.finished.crafted(pictures, Recipe::of(self, objective, seed))
     }
 }

@@ -131,7 +131,8 @@ impl Evaluated {
     }
 }
 
-/// Between two attacks.
+/// Between two attacks. No outcome has a loss in it: those of several attacks do not compare, and
+/// JSON would not give back their last bits.
 #[derive(Serialize, Deserialize)]
 struct State {
     version: u64,
@@ -141,6 +142,8 @@ struct State {
     outcomes: Vec<Outcome>,
     robust_after: Vec<(String, usize)>,
     flags: Vec<Flag>,
+    /// Of the pixels beside it.
+    sha256: String,
 }
 
 const STATE_VERSION: u64 = 1;
@@ -149,7 +152,7 @@ impl AutoAttack {
     /// From attacks in order, under a name for results.
     ///
     /// # Errors
-    /// If there are none, or one comes twice.
+    /// If there are none, one comes twice, or they are not all within the same eps.
     pub fn new(name: impl Into<String>, attacks: Vec<Box<dyn Attack + Send + Sync>>) -> Result<Self> {
         if attacks.is_empty() {
             return Err(Error::argument("attacks", "at least one", 0));
@@ -157,6 +160,12 @@ impl AutoAttack {
         for (i, attack) in attacks.iter().enumerate() {
             if attacks.iter().take(i).any(|before| before.name() == attack.name()) {
                 return Err(Error::argument("attacks", "each once", format!("{} twice", attack.name())));
+            }
+            if attack.eps() != attacks[0].eps() {
+                let radius = |of: &dyn Attack| of.eps().map_or("no eps".into(), |eps| eps.to_string());
+                let found =
+                    [attack, &attacks[0]].map(|of| format!("{} with {}", of.name(), radius(of.as_ref())));
+                return Err(Error::argument("attacks", "all within the same eps", found.join(" and ")));
             }
         }
         Ok(Self { name: name.into(), attacks, state: None })
@@ -217,7 +226,7 @@ impl AutoAttack {
             if left == 0 || known || attack.fewest_classes() > task.classifier().classes() {
                 continue;
             }
-            let broken = n - left;
+            let broken = state.broken_by.iter().flatten().count();
             let rows: Vec<usize> = (0..n).filter(|&row| robust[row]).collect();
             let crafted =
                 attack.craft(task, &pictures.clone().only(robust)?, seed, &mut |inner: &Progress| {
@@ -233,10 +242,12 @@ impl AutoAttack {
             for (&row, correct) in rows.iter().zip(correct) {
                 let (now, before) = (&crafted.outcomes()[row], &mut state.outcomes[row]);
                 before.attacked |= now.attacked;
-                before.clean_loss = before.clean_loss.or(now.clean_loss);
                 before.gradients += now.gradients;
                 before.nan_gradients += now.nan_gradients;
                 before.zero_gradient |= now.zero_gradient;
+                if let Some(queries) = now.queries {
+                    before.queries = Some(before.queries.unwrap_or(0) + queries);
+                }
                 if !correct {
                     before.fooled = Some(true);
                     state.broken_by[row] = Some(attack.name().into());
@@ -246,7 +257,7 @@ impl AutoAttack {
             let left = rows.iter().filter(|&&row| state.broken_by[row].is_none()).count();
             state.robust_after.push((attack.name().into(), left));
             if let Some(path) = &self.state {
-                write_state(path, &state, &Tensor::cat(&pixels, 0)?)?;
+                write_state(path, &mut state, &Tensor::cat(&pixels, 0)?)?;
             }
         }
         let recipe = Recipe {
@@ -262,7 +273,9 @@ impl AutoAttack {
         let mut flags = state.flags;
         flags.extend(flags_of_outcomes(crafted.outcomes()));
         let by_square = state.broken_by.iter().flatten().filter(|name| *name == "square").count();
-        if state.robust_after.len() > 1 {
+        // Where others came after it, they were not shown what it had fooled.
+        let (others, last) = (state.robust_after.len() > 1, state.robust_after.last());
+        if others && last.is_some_and(|(name, _)| name == "square") {
             flags.extend(Flag::square(by_square, pictures.rows().len()));
         }
         let (clean, broken_by, robust_after) = (state.clean, state.broken_by, state.robust_after);
@@ -312,6 +325,7 @@ impl AutoAttack {
             outcomes,
             robust_after: Vec::new(),
             flags,
+            sha256: String::new(),
         })
     }
 
@@ -323,6 +337,7 @@ impl AutoAttack {
             "model": task.classifier().subject(),
             "labels": task.labels(),
             "keys": pictures.keys(),
+            "shape": pictures.pixels().dims(),
             "rows": pictures.rows(),
             "seed": seed,
         });
@@ -330,7 +345,7 @@ impl AutoAttack {
         for value in pictures.pixels().flatten_all()?.to_vec1::<f32>()? {
             hash.update(value.to_le_bytes());
         }
-        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+        Ok(sha256(hash))
     }
 }
 
@@ -340,8 +355,9 @@ impl Attack for AutoAttack {
     }
 
     fn parameters(&self) -> Value {
-        let each = |attack: &Box<dyn Attack + Send + Sync>| json!({ "attack": attack.name(), "parameters": attack.parameters() });
-        json!({ "attacks": self.attacks.iter().map(each).collect::<Vec<_>>() })
+        let each =
+            self.attacks.iter().map(|of| json!({ "attack": of.name(), "parameters": of.parameters() }));
+        json!({ "attacks": each.collect::<Vec<_>>() })
     }
 
     fn eps(&self) -> Option<super::Eps> {
@@ -401,11 +417,17 @@ fn are_probabilities(logits: &[Vec<f64>]) -> bool {
     })
 }
 
-fn write_state(path: &Path, state: &State, pixels: &Tensor) -> Result<()> {
+/// In hexadecimal.
+fn sha256(hash: Sha256) -> String {
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn write_state(path: &Path, state: &mut State, pixels: &Tensor) -> Result<()> {
     let bytes: Vec<u8> =
         pixels.flatten_all()?.to_vec1::<f32>()?.into_iter().flat_map(f32::to_le_bytes).collect();
     let damaged = |e: &dyn fmt::Display| Error::config(path, e.to_string());
     let view = TensorView::new(Dtype::F32, pixels.dims().to_vec(), &bytes).map_err(|e| damaged(&e))?;
+    state.sha256 = sha256(Sha256::new_with_prefix(&bytes));
     let text = serde_json::to_string(state).map_err(|e| damaged(&e))?;
     let file = safetensors::serialize([("pixels", view)], Some(HashMap::from([("state".into(), text)])))
         .map_err(|e| damaged(&e))?;
@@ -437,6 +459,9 @@ fn read_state(path: &Path, fingerprint: &str, pictures: &Pictures) -> Result<(St
     let view = file.tensor("pixels").map_err(|e| damaged(e.to_string()))?;
     if view.shape() != pictures.pixels().dims() || view.dtype() != Dtype::F32 {
         return Err(damaged(format!("pixels of shape {:?}", view.shape())));
+    }
+    if sha256(Sha256::new_with_prefix(view.data())) != state.sha256 {
+        return Err(damaged("its pixels are not those written".into()));
     }
     let values: Vec<f32> =
         view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();

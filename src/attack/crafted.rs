@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::eps::TOLERANCE;
 use super::pictures::outside;
-use super::{Classification, Eps, Pictures, Subject, Threat, ThreatKind, quantise};
+use super::{Classification, Eps, Maximise, Objective, Pictures, Subject, Threat, ThreatKind, quantise};
 use crate::{Error, Result};
 
 /// How adversarial pictures were made; with the clean pictures and their keys it decides them.
@@ -24,6 +24,21 @@ pub struct Recipe {
     pub crafted_on: Subject,
     /// Whether the pictures hold 8-bit values, as a file does.
     pub quantised: bool,
+}
+
+impl Recipe {
+    /// Of what `attack` made on `objective`.
+    pub(super) fn of(attack: &(impl Maximise + ?Sized), objective: &dyn Objective, seed: u64) -> Self {
+        Self {
+            attack: attack.name().into(),
+            parameters: attack.parameters(),
+            objective: objective.describe(),
+            eps: attack.eps(),
+            seed,
+            crafted_on: objective.subject().clone(),
+            quantised: false,
+        }
+    }
 }
 
 /// What became of one picture, on the model crafted on and before any rounding to 8 bits.
@@ -52,6 +67,32 @@ pub struct Outcome {
     /// For attacks that see no gradients: pictures shown to the model, the clean one not counted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queries: Option<usize>,
+}
+
+/// What an attack will return, by picture: the clean ones until something better is found.
+pub(super) struct Finished {
+    /// `(1, 3, H, W)` each.
+    pub(super) pixels: Vec<Tensor>,
+    pub(super) outcomes: Vec<Outcome>,
+}
+
+impl Finished {
+    pub(super) fn new(pictures: &Pictures) -> Result<Self> {
+        let whole = pictures.pixels();
+        let pixels = (0..pictures.len()).map(|row| whole.narrow(0, row, 1));
+        Ok(Self {
+            pixels: pixels.collect::<candle_core::Result<_>>()?,
+            outcomes: vec![Outcome::default(); pictures.len()],
+        })
+    }
+
+    pub(super) fn is_fooled(&self, row: usize) -> bool {
+        self.outcomes[row].fooled == Some(true)
+    }
+
+    pub(super) fn crafted(self, pictures: &Pictures, recipe: Recipe) -> Result<Crafted> {
+        Crafted::new(pictures, Tensor::cat(&self.pixels, 0)?, recipe, self.outcomes)
+    }
 }
 
 /// Adversarial pictures, and how they came to be.

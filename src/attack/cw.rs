@@ -2,6 +2,7 @@ use candle_core::{D, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::crafted::Finished;
 use super::objective::without_nan;
 use super::pictures::select;
 use super::{
@@ -123,12 +124,6 @@ impl Descent {
     }
 }
 
-/// What is returned, by picture.
-struct Finished {
-    pixels: Vec<Tensor>,
-    outcomes: Vec<Outcome>,
-}
-
 impl Attack for Cw {
     fn name(&self) -> &str {
         "cw-l2"
@@ -155,13 +150,7 @@ impl Attack for Cw {
             let expected = format!("one per picture, {}", pictures.len());
             return Err(Error::argument("labels", expected, objective.pictures()));
         }
-        let whole = pictures.pixels();
-        let mut finished = Finished {
-            pixels: (0..pictures.len())
-                .map(|row| whole.narrow(0, row, 1))
-                .collect::<candle_core::Result<_>>()?,
-            outcomes: vec![Outcome::default(); pictures.len()],
-        };
+        let mut finished = Finished::new(pictures)?;
         let rows = pictures.rows();
         if !rows.is_empty() {
             self.descend(&objective, pictures, rows, &mut finished, progress)?;
@@ -175,7 +164,7 @@ impl Attack for Cw {
             crafted_on: objective.subject().clone(),
             quantised: false,
         };
-        Crafted::new(pictures, Tensor::cat(&finished.pixels, 0)?, recipe, finished.outcomes)
+        finished.crafted(pictures, recipe)
     }
 }
 

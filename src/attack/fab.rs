@@ -3,13 +3,13 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::crafted::Finished;
 use super::loss::{rows as logit_rows, wins};
 use super::objective::in_batches;
 use super::pictures::select;
 use super::projection::linf_step;
 use super::{
-    Attack, Classification, Crafted, Eps, Evaluation, Outcome, Pictures, Progress, Recipe, picture_rng,
-    uniform,
+    Attack, Classification, Crafted, Eps, Evaluation, Pictures, Progress, Recipe, picture_rng, uniform,
 };
 use crate::{Error, Result};
 
@@ -264,30 +264,18 @@ impl Run<'_> {
         self.best = kept.iter().map(|&i| self.best[i].take()).collect();
         Ok(())
     }
-}
 
-/// What is returned, by picture.
-struct Finished {
-    pixels: Vec<Tensor>,
-    outcomes: Vec<Outcome>,
-}
-
-impl Finished {
-    /// Puts down what `run` found for its pictures `done`.
-    fn take(&mut self, run: &Run, done: &[usize], eps: Eps) {
+    /// Puts down in `finished` what it found for its pictures `done`.
+    fn settle(&self, done: &[usize], eps: Eps, finished: &mut Finished) {
         for &i in done {
-            let Some((distance, pixels)) = &run.best[i] else { continue };
-            let outcome = &mut self.outcomes[run.rows[i]];
+            let Some((distance, pixels)) = &self.best[i] else { continue };
+            let outcome = &mut finished.outcomes[self.rows[i]];
             outcome.distance = Some(outcome.distance.map_or(*distance, |least| least.min(*distance)));
-            if run.succeeded(i, eps) {
+            if self.succeeded(i, eps) {
                 outcome.fooled = Some(true);
-                self.pixels[run.rows[i]] = pixels.clone();
+                finished.pixels[self.rows[i]] = pixels.clone();
             }
         }
-    }
-
-    fn fooled(&self, row: usize) -> bool {
-        self.outcomes[row].fooled == Some(true)
     }
 }
 
@@ -321,13 +309,7 @@ impl Attack for Fab {
             let expected = format!("one per picture, {}", pictures.len());
             return Err(Error::argument("labels", expected, task.labels().len()));
         }
-        let whole = pictures.pixels();
-        let mut finished = Finished {
-            pixels: (0..pictures.len())
-                .map(|row| whole.narrow(0, row, 1))
-                .collect::<candle_core::Result<_>>()?,
-            outcomes: vec![Outcome::default(); pictures.len()],
-        };
+        let mut finished = Finished::new(pictures)?;
         let rows = pictures.rows();
         if !rows.is_empty() {
             self.runs(task, pictures, rows, seed, &mut finished, progress)?;
@@ -341,7 +323,7 @@ impl Attack for Fab {
             crafted_on: classifier.subject().clone(),
             quantised: false,
         };
-        Crafted::new(pictures, Tensor::cat(&finished.pixels, 0)?, recipe, finished.outcomes)
+        finished.crafted(pictures, recipe)
     }
 }
 
@@ -410,7 +392,7 @@ impl Fab {
                 done_steps = number * self.steps + step + 1;
                 progress(&Progress { step: done_steps, steps, active, fooled });
                 if self.stop_when_fooled && !done.is_empty() {
-                    finished.take(&run, &done, self.eps);
+                    run.settle(&done, self.eps, finished);
                     if kept.is_empty() {
                         run.rows.clear();
                         break;
@@ -419,8 +401,8 @@ impl Fab {
                 }
             }
             let all: Vec<usize> = (0..run.rows.len()).collect();
-            finished.take(&run, &all, self.eps);
-            left.retain(|&row| !finished.fooled(row));
+            run.settle(&all, self.eps, finished);
+            left.retain(|&row| !finished.is_fooled(row));
             if left.is_empty() {
                 if done_steps < steps {
                     progress(&Progress { step: steps, steps, active: 0, fooled: Some(first) });

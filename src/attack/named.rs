@@ -50,7 +50,8 @@ pub const NAMES: [(&str, &str); 16] = [
 
 impl Named {
     /// The attack called `name`, one of [`NAMES`], or AutoAttack's `custom` as
-    /// `custom:apgd-ce+square`.
+    /// `custom:apgd-ce+square`: each as it is by its own name (the original's `custom` gives APGD 5
+    /// restarts where nothing else is said).
     ///
     /// Gradient attacks are set up for a caller who chooses the pictures: all that are chosen are
     /// attacked, and the best place of each is returned, fooled or not, so that the same pictures
@@ -61,22 +62,14 @@ impl Named {
     /// # Errors
     /// If there is no such attack.
     pub fn new(name: &str, eps: Eps, settings: &Settings) -> Result<Self> {
-        let suite = |attacks: &[&str], plus: bool, eot: usize| -> Result<Self> {
-            let attacks = attacks
-                .iter()
-                .map(|part| plain(part, eps, settings, plus, eot))
-                .collect::<Result<Vec<_>>>()?;
-            Ok(Self::AutoAttack(AutoAttack::new(name, attacks)?))
-        };
-        match name {
-            "autoattack" => suite(&["apgd-ce", "apgd-t", "fab-t", "square"], false, 1),
-            "autoattack-plus" => suite(&["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"], true, 1),
-            "autoattack-rand" => suite(&["apgd-ce", "apgd-dlr"], false, 20),
-            "autoattack-paper" => suite(&["apgd-ce"], false, 1),
-            _ => match name.strip_prefix("custom:") {
-                Some(list) => suite(&list.split('+').collect::<Vec<_>>(), false, 1),
-                None => Ok(Self::Plain(plain(name, eps, settings, false, 1)?)),
-            },
+        let (plus, eot) = (name == "autoattack-plus", if name == "autoattack-rand" { 20 } else { 1 });
+        let plain = |name: &str| plain(name, eps, settings, plus, eot);
+        match parts(name) {
+            Some(parts) => {
+                let attacks = parts.into_iter().map(plain).collect::<Result<Vec<_>>>()?;
+                Ok(Self::AutoAttack(AutoAttack::new(name, attacks)?))
+            }
+            None => Ok(Self::Plain(plain(name)?)),
         }
     }
 
@@ -89,17 +82,22 @@ impl Named {
     }
 }
 
+/// The attacks that the suite called `name` strings together; `None` for a single attack.
+fn parts(name: &str) -> Option<Vec<&str>> {
+    match name {
+        "autoattack" => Some(vec!["apgd-ce", "apgd-t", "fab-t", "square"]),
+        "autoattack-plus" => Some(vec!["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]),
+        "autoattack-rand" => Some(vec!["apgd-ce", "apgd-dlr"]),
+        "autoattack-paper" => Some(vec!["apgd-ce"]),
+        _ => Some(name.strip_prefix("custom:")?.split('+').collect()),
+    }
+}
+
 impl Settings {
     /// The first setting given that none of these attacks has a use for, as its flag.
     pub fn unused_by(&self, names: &[String]) -> Option<&'static str> {
-        let parts: Vec<&str> = names
-            .iter()
-            .flat_map(|name| match name.strip_prefix("custom:") {
-                Some(list) => list.split('+').collect(),
-                None if name.starts_with("autoattack") => vec!["apgd-t", "square"],
-                None => vec![name.as_str()],
-            })
-            .collect();
+        let parts: Vec<&str> =
+            names.iter().flat_map(|name| parts(name).unwrap_or_else(|| vec![name.as_str()])).collect();
         let apgd_or_fab = ["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t"];
         let any = |takes: &dyn Fn(&str) -> bool| parts.iter().any(|part| takes(part));
         let given = [
@@ -118,8 +116,8 @@ fn plain(name: &str, eps: Eps, settings: &Settings, plus: bool, eot: usize) -> R
         let all: Vec<&str> = NAMES.iter().map(|(name, _)| *name).collect();
         return Err(Error::argument("attack", format!("{} or custom:A+B", all.join(", ")), name));
     };
-    // APGD-T has one start per target in `plus` as well.
-    let many = if plus && *known != "apgd-t" { 5 } else { 1 };
+    // APGD-T and FAB-T have one start per target in `plus` as well.
+    let many = if plus && !known.ends_with("-t") { 5 } else { 1 };
     let apgd = Apgd {
         steps: settings.steps.unwrap_or(100),
         restarts: settings.restarts.unwrap_or(many),

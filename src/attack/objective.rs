@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::loss::{check_classes, largest, rows as logit_rows, wins};
 use super::pictures::select;
-use super::{Loss, Subject};
+use super::{Loss, Pictures, Subject};
 use crate::{Error, Result};
 
 /// A function of pixels to logits, with its transpose.
@@ -149,6 +149,15 @@ pub trait Objective {
     /// As [`Objective::values`], and the gradient `(R, 3, H, W)` f32 of each picture's loss at its
     /// pixels. It may contain NaN; attacks take that for 0 and count it.
     fn values_and_gradient(&self, pixels: &Tensor, rows: &[usize]) -> Result<(Evaluation, Tensor)>;
+}
+
+/// Refuses pictures that an objective is not made for.
+pub(super) fn check_pictures(objective: &dyn Objective, pictures: &Pictures) -> Result<()> {
+    if objective.pictures() != pictures.len() {
+        let expected = format!("as many as the objective is made for, {}", objective.pictures());
+        return Err(Error::argument("pictures", expected, pictures.len()));
+    }
+    Ok(())
 }
 
 /// Refuses rows that an objective over `pictures` does not have, or that do not match `pixels`.

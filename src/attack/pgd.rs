@@ -2,11 +2,10 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::objective::{take, without_nan};
+use super::crafted::Finished;
+use super::objective::{check_pictures, take, without_nan};
 use super::pictures::select;
-use super::{
-    Ball, Crafted, Eps, Evaluation, Loss, Maximise, Objective, OnLoss, Outcome, Pictures, Progress, Recipe,
-};
+use super::{Ball, Crafted, Eps, Evaluation, Loss, Maximise, Objective, OnLoss, Pictures, Progress, Recipe};
 use crate::{Error, Result};
 
 /// Projected gradient descent in the Linf ball (Madry et al. 2018): from x + U(-eps, eps), `steps`
@@ -133,28 +132,21 @@ impl Walk {
         self.pixels = self.ball.project(&(&self.pixels + (direction * pgd.alpha)?)?)?;
         Ok(())
     }
-}
 
-/// What is returned, by picture.
-struct Finished {
-    pixels: Vec<Tensor>,
-    outcomes: Vec<Outcome>,
-}
-
-impl Finished {
-    /// Puts down where `walk` is with its pictures `done`; `evaluation` is of the present pixels.
-    fn take(&mut self, walk: &Walk, evaluation: &Evaluation, done: &[usize]) -> Result<()> {
-        let (pixels, evaluation) = match &walk.best {
+    /// Puts down in `finished` where it is with its pictures `done`; `evaluation` is of the present
+    /// pixels.
+    fn settle(&self, evaluation: &Evaluation, done: &[usize], finished: &mut Finished) -> Result<()> {
+        let (pixels, evaluation) = match &self.best {
             Some((pixels, best)) => (pixels, best),
-            None => (&walk.pixels, evaluation),
+            None => (&self.pixels, evaluation),
         };
         for &i in done {
-            let row = walk.rows[i];
+            let row = self.rows[i];
             // Its own storage: a view would keep the whole batch alive, and so would `copy`, which
             // copies all of it.
-            self.pixels[row] = pixels.narrow(0, i, 1)?.force_contiguous()?;
-            self.outcomes[row].loss = Some(evaluation.loss[i]);
-            self.outcomes[row].fooled = evaluation.fooled.as_ref().map(|fooled| fooled[i]);
+            finished.pixels[row] = pixels.narrow(0, i, 1)?.force_contiguous()?;
+            finished.outcomes[row].loss = Some(evaluation.loss[i]);
+            finished.outcomes[row].fooled = evaluation.fooled.as_ref().map(|fooled| fooled[i]);
         }
         Ok(())
     }
@@ -181,31 +173,13 @@ impl Maximise for Pgd {
         progress: &mut dyn FnMut(&Progress),
     ) -> Result<Crafted> {
         self.check()?;
-        if objective.pictures() != pictures.len() {
-            let expected = format!("as many as the objective is made for, {}", objective.pictures());
-            return Err(Error::argument("pictures", expected, pictures.len()));
-        }
-        let whole = pictures.pixels();
-        let mut finished = Finished {
-            pixels: (0..pictures.len())
-                .map(|row| whole.narrow(0, row, 1))
-                .collect::<candle_core::Result<_>>()?,
-            outcomes: vec![Outcome::default(); pictures.len()],
-        };
+        check_pictures(objective, pictures)?;
+        let mut finished = Finished::new(pictures)?;
         let rows = pictures.rows();
         if !rows.is_empty() {
             self.walk(objective, pictures, rows, seed, &mut finished, progress)?;
         }
-        let recipe = Recipe {
-            attack: self.name().into(),
-            parameters: self.parameters(),
-            objective: objective.describe(),
-            eps: Some(self.eps),
-            seed,
-            crafted_on: objective.subject().clone(),
-            quantised: false,
-        };
-        Crafted::new(pictures, Tensor::cat(&finished.pixels, 0)?, recipe, finished.outcomes)
+        finished.crafted(pictures, Recipe::of(self, objective, seed))
     }
 }
 
@@ -260,7 +234,7 @@ impl Pgd {
                 let (done, kept): (Vec<usize>, Vec<usize>) =
                     (0..walk.rows.len()).partition(|&i| evaluation.is_fooled(i));
                 if !done.is_empty() {
-                    finished.take(&walk, &evaluation, &done)?;
+                    walk.settle(&evaluation, &done, finished)?;
                     left_fooled += done.len();
                     if kept.is_empty() {
                         progress(&Progress {
@@ -293,6 +267,6 @@ impl Pgd {
         };
         walk.offer(&evaluation)?;
         let all: Vec<usize> = (0..walk.rows.len()).collect();
-        finished.take(&walk, &evaluation, &all)
+        walk.settle(&evaluation, &all, finished)
     }
 }

@@ -4,10 +4,11 @@ use rand_chacha::rand_core::RngCore;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::crafted::Finished;
+use super::objective::check_pictures;
 use super::pictures::select;
 use super::{
-    Crafted, Eps, Evaluation, Loss, Maximise, Objective, OnLoss, Outcome, Pictures, Progress, Recipe,
-    picture_rng,
+    Crafted, Eps, Evaluation, Loss, Maximise, Objective, OnLoss, Pictures, Progress, Recipe, picture_rng,
 };
 use crate::{Error, Result};
 
@@ -188,7 +189,7 @@ impl Search<'_> {
             self.best = best.select(&kept);
             for (i, candidate) in std::mem::take(&mut self.candidates).into_iter().enumerate() {
                 if best.is_fooled(i) {
-                    finished.take(&candidate, &best, i, self.like)?;
+                    candidate.settle(&best, i, self.like, finished)?;
                 } else {
                     self.candidates.push(candidate);
                 }
@@ -198,26 +199,20 @@ impl Search<'_> {
     }
 }
 
-/// What is returned, by picture.
-struct Finished {
-    pixels: Vec<Tensor>,
-    outcomes: Vec<Outcome>,
-}
-
-impl Finished {
-    /// Puts down where `candidate` is; `evaluation` says at `i` what that is.
-    fn take(
-        &mut self,
-        candidate: &Candidate,
+impl Candidate<'_> {
+    /// Puts down in `finished` where it is; `evaluation` says at `i` what that is.
+    fn settle(
+        &self,
         evaluation: &Evaluation,
         i: usize,
         like: &Tensor,
+        finished: &mut Finished,
     ) -> Result<()> {
         let mut shape = like.dims().to_vec();
         shape[0] = 1;
-        self.pixels[candidate.row] = Tensor::from_slice(&candidate.pixels, shape, like.device())?;
-        self.outcomes[candidate.row].loss = Some(evaluation.loss[i]);
-        self.outcomes[candidate.row].fooled = evaluation.fooled.as_ref().map(|fooled| fooled[i]);
+        finished.pixels[self.row] = Tensor::from_slice(&self.pixels, shape, like.device())?;
+        finished.outcomes[self.row].loss = Some(evaluation.loss[i]);
+        finished.outcomes[self.row].fooled = evaluation.fooled.as_ref().map(|fooled| fooled[i]);
         Ok(())
     }
 }
@@ -243,31 +238,13 @@ impl Maximise for Square {
         progress: &mut dyn FnMut(&Progress),
     ) -> Result<Crafted> {
         self.check()?;
-        if objective.pictures() != pictures.len() {
-            let expected = format!("as many as the objective is made for, {}", objective.pictures());
-            return Err(Error::argument("pictures", expected, pictures.len()));
-        }
-        let whole = pictures.pixels();
-        let mut finished = Finished {
-            pixels: (0..pictures.len())
-                .map(|row| whole.narrow(0, row, 1))
-                .collect::<candle_core::Result<_>>()?,
-            outcomes: vec![Outcome::default(); pictures.len()],
-        };
+        check_pictures(objective, pictures)?;
+        let mut finished = Finished::new(pictures)?;
         let rows = pictures.rows();
         if !rows.is_empty() {
             self.search(objective, pictures, rows, seed, &mut finished, progress)?;
         }
-        let recipe = Recipe {
-            attack: self.name().into(),
-            parameters: self.parameters(),
-            objective: objective.describe(),
-            eps: Some(self.eps),
-            seed,
-            crafted_on: objective.subject().clone(),
-            quantised: false,
-        };
-        Crafted::new(pictures, Tensor::cat(&finished.pixels, 0)?, recipe, finished.outcomes)
+        finished.crafted(pictures, Recipe::of(self, objective, seed))
     }
 }
 
@@ -347,7 +324,7 @@ impl Square {
             // None of these has reached the goal, so only the loss counts.
             let clean = finished.outcomes[candidate.row].clean_loss;
             if clean.is_none_or(|clean| clean.is_nan() || search.best.loss[i] > clean) {
-                finished.take(candidate, &search.best, i, search.like)?;
+                candidate.settle(&search.best, i, search.like, finished)?;
             }
         }
         Ok(())

@@ -14,6 +14,7 @@ use radapt::attack::{
 };
 use radapt::defense::acquire::training_free;
 use radapt::defense::{Defense, Fra, Gif};
+use radapt::image::{Preprocess, pixels_from_rgb};
 use radapt::model::{Lookup, Model};
 use radapt::text::ZeroShotHead;
 use radapt::tower::VisionTower;
@@ -95,12 +96,14 @@ impl Toy {
         }
     }
 
+    /// Weights `(K, entries)` and biases.
+    pub fn affine(weights: Tensor, bias: Tensor) -> Self {
+        Self::new((weights, bias), None)
+    }
+
     /// Random weights for pictures of `entries` entries.
     pub fn linear(classes: usize, entries: usize, seed: u64) -> Self {
-        Self::new(
-            (random(&[classes, entries], seed, -1.0, 1.0), random(&[classes], seed + 1, -0.1, 0.1)),
-            None,
-        )
+        Self::affine(random(&[classes, entries], seed, -1.0, 1.0), random(&[classes], seed + 1, -0.1, 0.1))
     }
 
     pub fn mlp(classes: usize, entries: usize, seed: u64) -> Self {
@@ -321,6 +324,9 @@ pub struct Trained {
     pub classifier: TowerClassifier<Clip, ZeroShotHead>,
     /// `(n, 3, 48, 48)`, as the model's preprocessing makes them.
     pub pixels: Tensor,
+    /// `(n, 3, 32, 32)`, as they are.
+    pub native: Tensor,
+    pub preprocess: Preprocess,
     pub labels: Vec<usize>,
 }
 
@@ -356,7 +362,9 @@ pub fn trained(n: usize) -> Option<Trained> {
     }
     let pixels = preprocess.batch(&photos, &Device::Cpu).unwrap();
     let classifier = TowerClassifier::new(tower, head, Subject::undefended("cifar-clip")).unwrap();
-    Some(Trained { classifier, pixels, labels })
+    let native = photos.iter().map(|photo| pixels_from_rgb(photo, &Device::Cpu).unwrap());
+    let native = Tensor::stack(&native.collect::<Vec<_>>(), 0).unwrap();
+    Some(Trained { classifier, pixels, native, preprocess, labels })
 }
 
 impl Trained {
