@@ -579,7 +579,8 @@ fn the_attack_step_is_timed_case_by_case() {
     let expected = expected.iter().flat_map(|case| [case.to_string(), case.replacen('1', "3", 1)]);
     let mut expected: Vec<String> = expected.collect();
     let mut found: Vec<String> = names.iter().map(|name| name.replace('"', "")).collect();
-    (found.sort(), expected.sort());
+    found.sort();
+    expected.sort();
     assert_eq!(found, expected);
     for row in rows {
         let number = |key: &str| row[key].as_f64().unwrap_or_else(|| panic!("{key} in {row}"));

@@ -8,6 +8,7 @@
 //! depend on what else is in the batch, to the bit.
 
 use std::arch::x86_64::*;
+use std::mem::transmute;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -84,7 +85,7 @@ impl Format for Brain {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
     unsafe fn multiply(acc: __m512, a: __m512i, b: __m512i) -> __m512 {
         // Safety: both are plain vectors of bits.
-        unsafe { _mm512_dpbf16_ps(acc, std::mem::transmute(a), std::mem::transmute(b)) }
+        unsafe { _mm512_dpbf16_ps(acc, transmute::<__m512i, __m512bh>(a), transmute::<__m512i, __m512bh>(b)) }
     }
 
     #[inline]
@@ -112,7 +113,7 @@ impl Format for Brain {
 pub fn join(a: __m512, b: __m512) -> __m512i {
     // Safety: both are plain vectors of bits.
     let (a, b): (__m256i, __m256i) =
-        unsafe { (std::mem::transmute(_mm512_cvtneps_pbh(a)), std::mem::transmute(_mm512_cvtneps_pbh(b))) };
+        unsafe { [a, b].map(|x| transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x))).into() };
     let high = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(b));
     _mm512_or_si512(_mm512_cvtepu16_epi32(a), high)
 }
@@ -349,8 +350,8 @@ impl<F: Format, E: Finish> Product<'_, F, E> {
             }
             if last {
                 for (p, rows) in acc.chunks_exact(2).enumerate() {
-                    for v in 0..NV {
-                        self.finish.pair(panel + v, pair + p, rows[0][v], rows[1][v]);
+                    for (v, (a, b)) in rows[0].iter().zip(rows[1]).enumerate() {
+                        self.finish.pair(panel + v, pair + p, *a, b);
                     }
                 }
             } else {

@@ -36,9 +36,9 @@ fn normal(x: __m512) -> (__m512, __m512) {
     let z = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(std::f32::consts::FRAC_1_SQRT_2));
     let bell = exp(_mm512_fnmadd_ps(z, z, _mm512_setzero_ps()));
     let t = _mm512_div_ps(one, _mm512_fmadd_ps(z, _mm512_set1_ps(0.327_591_1), one));
-    let series = [-1.453_152_027_f32, 1.421_413_741, -0.284_496_736, 0.254_829_592].into_iter();
+    let series = [-1.453_152_f32, 1.421_413_8, -0.284_496_72, 0.254_829_6].into_iter();
     let series =
-        series.fold(_mm512_set1_ps(1.061_405_429), |sum, next| _mm512_fmadd_ps(sum, t, _mm512_set1_ps(next)));
+        series.fold(_mm512_set1_ps(1.061_405_4), |sum, next| _mm512_fmadd_ps(sum, t, _mm512_set1_ps(next)));
     // Half of what is beyond |x|.
     let tail = _mm512_mul_ps(_mm512_mul_ps(_mm512_mul_ps(series, t), bell), _mm512_set1_ps(0.5));
     let positive = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(x, _mm512_setzero_ps());
