@@ -715,7 +715,9 @@ pub fn summarise(run: &Run) -> Result<Summary> {
         if nan > 0 {
             add(Flag::NanGradient { pictures: nan });
         }
-        if let Some(flag) = Flag::square(square, done - failed) {
+        // Only where Square came last was all else tried before it.
+        let last = attack == "autoattack" || attack.starts_with("custom:") && attack.ends_with("+square");
+        if let Some(flag) = Flag::square(square, done - failed).filter(|_| last) {
             add(flag);
         }
     }
