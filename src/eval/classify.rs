@@ -520,7 +520,7 @@ fn safe(part: &str) -> String {
 fn file_name(id: &str) -> PathBuf {
     let parts = id.split('/').map(safe).filter(|part| !matches!(part.as_str(), "" | "." | ".."));
     let mut name = parts.collect::<PathBuf>().into_os_string();
-    if Path::new(&name) != Path::new(id) {
+    if name.to_str() != Some(id) {
         // Two names may have become one.
         name.push(format!("-{:08x}", key(id) as u32));
     }
