@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
 use image::RgbImage;
@@ -18,6 +19,9 @@ use crate::data::LabelledSet;
 use crate::data::registry::Metric;
 use crate::image::{DecodeLimits, Preprocess, pixels_from_rgb, rgb_from_pixels};
 use crate::{Error, Result};
+
+/// How often a run that goes on writes its summary.
+const SUMMARY_EVERY: Duration = Duration::from_secs(60);
 
 /// The name of the task in figures.
 pub const TASK: &str = "zero-shot";
@@ -224,6 +228,7 @@ impl Classify<'_> {
         let of = plan.len();
         let pending: Vec<Planned> = plan.into_iter().filter(|item| !run.has(item.index)).collect();
         let states = run.folder().join("state");
+        let mut summarised = Instant::now();
         for batch in pending.chunks(self.batch.max(1)) {
             let items = run.done();
             let mut tell = |now: (String, f64)| told(&Done { items, of, now });
@@ -234,6 +239,11 @@ impl Classify<'_> {
             match std::fs::remove_dir_all(&states) {
                 Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::write(&states, e)),
                 _ => {}
+            }
+            // For whoever looks at a run that goes on, or was killed.
+            if summarised.elapsed() > SUMMARY_EVERY {
+                summarise(run)?;
+                summarised = Instant::now();
             }
         }
         told(&Done { items: run.done(), of, now: ("done".into(), 1.0) });
