@@ -277,6 +277,11 @@ fn attack_writes_pictures_and_says_what_they_were_crafted_on() {
         (vec!["eval", "classify", "--data", "nowhere", "--out", "x"], 1, "nowhere"),
         (vec!["eval", "classify", "--template", "a photo", "--out", "x"], 2, "--template"),
         (vec!["eval", "classify", "--shard", "4/3", "--out", "x"], 2, "I/N"),
+        (
+            vec!["eval", "classify", "--n", "2", "--native-size", "--contract", "llava-pad", "--out", "x"],
+            2,
+            "a resize and a crop",
+        ),
     ] {
         let output = command(&arguments).current_dir(folder.path()).output().unwrap();
         let stderr = text(&output.stderr);
@@ -284,4 +289,18 @@ fn attack_writes_pictures_and_says_what_they_were_crafted_on() {
         assert!(stderr.contains(says), "{arguments:?}: {stderr}");
         assert!(output.stdout.is_empty() && !folder.path().join("x").exists(), "{arguments:?}");
     }
+}
+
+#[test]
+fn an_attack_without_a_radius_is_run_once_and_pocket_is_a_surrogate() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    let attack = ["--attack", "cw-l2", "--eps", "2/255,4/255", "--steps", "1", "--threat", "transfer"];
+    let mut arguments = vec!["eval", "classify", "--n", "2", "--surrogate", "pocket", "--out", name(&out)];
+    arguments.extend(attack);
+    done(&run(&arguments));
+    let rows = Summary::read(&out).unwrap().rows;
+    let attacked: Vec<&Row> = rows.iter().filter(|row| row.attacked.is_some()).collect();
+    assert_eq!(attacked.len(), 2, "{rows:?}");
+    assert!(attacked.iter().all(|row| row.attacked.as_ref().unwrap().eps.is_none()));
 }

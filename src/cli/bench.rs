@@ -153,6 +153,10 @@ impl Bench {
 
 impl Attack {
     fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
+        if let Some(name) = &self.model {
+            // Here once, not in the process of every case.
+            Model::find(name, &Lookup::default())?;
+        }
         let shapes: Vec<Option<Shapes>> = match &self.model {
             Some(_) => vec![None],
             None => self.shape.each().iter().copied().map(Some).collect(),

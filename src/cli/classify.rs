@@ -114,11 +114,7 @@ impl RunFlags {
 
     fn summary(&self, global: &Global, what: &What) -> anyhow::Result<Summary> {
         let device = self.model.device()?;
-        let mut options = self.model.clone();
-        if options.model == POCKET {
-            // The LLaVA's tower has no text side; the CLIP it was trained with has.
-            options.model = POCKET_CLIP.into();
-        }
+        let options = ModelOptions { model: with_text(&self.model.model), ..self.model.clone() };
         let model = options.find()?;
         let preprocess = model.preprocess(options.contract)?;
         let side = model.tower_config()?.image_size as u32;
@@ -165,7 +161,7 @@ impl RunFlags {
         let other = self
             .surrogate
             .as_ref()
-            .map(|name| ModelOptions { model: name.clone(), ..options.clone() }.find());
+            .map(|name| ModelOptions { model: with_text(name), ..options.clone() }.find());
         let other = other.transpose()?;
         let surrogate_head = match &other {
             Some(other) => head(other)?,
@@ -219,7 +215,14 @@ impl RunFlags {
             attacks: what
                 .eps
                 .iter()
-                .flat_map(|eps| what.attacks.iter().map(move |name| plan(name, eps)))
+                .enumerate()
+                // The one attack without a radius is run once.
+                .flat_map(|(i, eps)| {
+                    what.attacks
+                        .iter()
+                        .filter(move |name| i == 0 || *name != "cw-l2")
+                        .map(move |name| plan(name, eps))
+                })
                 .collect(),
             threats: what.threats.clone(),
             pictures: if self.quantise { Precision::EightBit } else { Precision::Float },
@@ -250,6 +253,11 @@ impl RunFlags {
         bar.finish_and_clear();
         Ok(summary)
     }
+}
+
+/// The built-in LLaVA's tower has no text side; the CLIP it was trained with has.
+fn with_text(model: &str) -> String {
+    if model == POCKET { POCKET_CLIP.into() } else { model.into() }
 }
 
 /// A model's tower in f32, and in the precision that pictures are crafted in where that is another.

@@ -112,6 +112,10 @@ impl Classify<'_> {
     /// If an attack's name or setting is wrong, it comes twice, or there are too few classes for it.
     pub fn decides(&self, more: Value) -> Result<Value> {
         let classes = self.surrogate.classes();
+        if self.native {
+            // Refused here, before there is a run, where the contract is no resize.
+            self.preprocess.matrices(1, 1)?;
+        }
         let mut attacks = Vec::new();
         for (i, plan) in self.attacks.iter().enumerate() {
             let attack = plan.build()?;
