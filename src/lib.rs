@@ -63,6 +63,7 @@ pub mod pocket;
 pub mod server;
 pub mod text;
 pub mod tower;
+pub mod train;
 
 pub use error::{Error, Result};
 

@@ -23,7 +23,7 @@ pub enum Feature {
 }
 
 impl Feature {
-    fn want(self) -> Want {
+    pub(crate) fn want(self) -> Want {
         match self {
             Self::Embeds | Self::Pooled => Want::pooled(),
             Self::Patches(block) => Want::hidden(block),
@@ -39,7 +39,7 @@ impl Feature {
         Ok(found.to_dtype(DType::F32)?)
     }
 
-    fn pick(self, tower: &impl VisionTower, features: Features) -> Result<Tensor> {
+    pub(crate) fn pick(self, tower: &impl VisionTower, features: Features) -> Result<Tensor> {
         let whole = match self {
             Self::Embeds => features.embeds.map(|x| x.unsqueeze(1)).transpose()?,
             Self::Pooled => features.pooled.map(|x| x.unsqueeze(1)).transpose()?,
@@ -53,7 +53,7 @@ impl Feature {
     }
 
     /// A gradient `(B, T, D)` at the feature, as the tower takes it.
-    fn cotangent(self, tower: &impl VisionTower, gradient: &Tensor) -> Result<Cotangent> {
+    pub(crate) fn cotangent(self, tower: &impl VisionTower, gradient: &Tensor) -> Result<Cotangent> {
         Ok(match self {
             Self::Embeds => Cotangent { embeds: Some(gradient.squeeze(1)?), ..Default::default() },
             Self::Pooled => Cotangent { pooled: Some(gradient.squeeze(1)?), ..Default::default() },

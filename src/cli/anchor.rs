@@ -1,4 +1,4 @@
-//! `radapt anchor extract | show | check`
+//! `radapt anchor extract | show | check`; the other subcommands have files of their own.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -22,6 +22,8 @@ pub struct Anchor {
 enum Command {
     /// Take a training-free anchor from a model: its own first attention output on a white picture
     Extract(Extract),
+    /// Train an anchor on adversarial pictures (R-Adapt+), every weight frozen
+    Train(Box<super::anchor_train::Train>),
     /// Print what an anchor file says of itself
     Show {
         /// The anchor file, or a built-in anchor's name
@@ -64,6 +66,7 @@ impl Anchor {
     pub fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
         match self.command {
             Command::Extract(extract) => extract.run(global),
+            Command::Train(train) => train.run(global),
             Command::Show { file } => {
                 let anchor = defense::Anchor::find(&file)?;
                 print(global, Value::Object(fields(&anchor)?), &table(&anchor)?)?;
@@ -142,7 +145,7 @@ impl Check {
 }
 
 /// Every metadata key as it stands in the file, and the tensor's shape.
-fn fields(anchor: &defense::Anchor) -> radapt::Result<Map<String, Value>> {
+pub fn fields(anchor: &defense::Anchor) -> radapt::Result<Map<String, Value>> {
     let mut fields: Map<String, Value> =
         anchor.meta.entries().into_iter().map(|(key, value)| (key, value.into())).collect();
     fields.insert("shape".into(), json!(anchor.values.dims()));

@@ -256,18 +256,18 @@ impl RunFlags {
 }
 
 /// The built-in LLaVA's tower has no text side; the CLIP it was trained with has.
-fn with_text(model: &str) -> String {
+pub fn with_text(model: &str) -> String {
     if model == POCKET { POCKET_CLIP.into() } else { model.into() }
 }
 
 /// A model's tower in f32, and in the precision that pictures are crafted in where that is another.
-struct Towers {
-    exact: Clip,
-    craft: Option<Clip>,
+pub struct Towers {
+    pub exact: Clip,
+    pub craft: Option<Clip>,
 }
 
 impl Towers {
-    fn load(
+    pub fn load(
         model: &Model,
         preprocess: &Preprocess,
         dtype: Option<DType>,
@@ -283,7 +283,7 @@ impl Towers {
     }
 
     /// Gradients may be of lower precision; whether a picture is fooled is said in f32.
-    fn classifier<'a>(
+    pub fn classifier<'a>(
         &self,
         head: &'a ZeroShotHead,
         defense: &Defense,

@@ -90,23 +90,23 @@ pub struct DataFlags {
     /// An image folder, WebDataset tars, CIFAR or STL10 files, a registered set's name or its Hub
     /// id, or the built-in pocket (pocket:validation and pocket:train are its other splits)
     #[arg(long, value_name = "PATH", default_value = "pocket")]
-    data: String,
+    pub data: String,
     /// A seeded sample of this many pictures; all where not given, 520 of pocket
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
-    n: Option<u64>,
+    pub n: Option<u64>,
     /// Take the first N pictures instead of a sample
     #[arg(long, requires = "n")]
-    first: bool,
+    pub first: bool,
     /// Which registered set the data is, where its name does not tell: cifar10, imagenet, ...
     #[arg(long, value_name = "NAME")]
-    dataset: Option<String>,
+    pub dataset: Option<String>,
     /// A file of class names, one a line in label order, instead of the data's own
     #[arg(long, value_name = "FILE")]
-    classes: Option<PathBuf>,
+    pub classes: Option<PathBuf>,
     /// A prompt with {class} in it, a file of such prompts, or `own` for those that come with the
     /// data
     #[arg(long, value_name = "TEMPLATE", default_value = registry::TEMPLATE)]
-    template: String,
+    pub template: String,
 }
 
 impl DataFlags {

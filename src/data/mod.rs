@@ -296,6 +296,24 @@ impl LabelledSet {
         self
     }
 
+    /// A seeded sample of `n` items and one of `held_out` others.
+    ///
+    /// # Errors
+    /// If it has fewer items than that together.
+    pub fn split(self, n: usize, held_out: usize, seed: u64) -> Result<(Self, Self)> {
+        let (all, has) = (n.saturating_add(held_out), self.items.len());
+        if all > has {
+            return Err(Error::argument("data", format!("{n} pictures and {held_out} held out"), has));
+        }
+        // A draw of fewer is part of one of more.
+        let (first, both) = (self.clone().sample(n, seed), self.sample(all, seed));
+        let within: HashSet<&str> = first.items.iter().map(|item| item.id.as_str()).collect();
+        let mut second = both;
+        second.items.retain(|item| !within.contains(item.id.as_str()));
+        second.defects.clear();
+        Ok((first, second))
+    }
+
     /// Shard `i` of `n`, counted from 1: the items and defects whose id's hash falls there. The
     /// shards of a set are disjoint and together all of it; one may be empty.
     ///

@@ -90,12 +90,17 @@ pub struct AnchorMeta {
     /// GIF's cutoff it is meant to be used with, in frequency bins.
     pub cutoff: f64,
     /// For data-driven anchors how it was trained; empty for the others. Keys without prefix:
-    /// `eps`, `epochs`, `images`, `attack`, `examples`, `objective`, `seed`, `losses`.
+    /// `eps`, `epochs`, `images`, `attack`, `examples`, `objective`, `seed`, `losses`, and where they
+    /// are known `optimizer`, `schedule`, `batch`, `clean_share`, `data`, `templates`, `gif`,
+    /// `initial` and `validation` (rows as `eval` writes them, each with its threat model).
     pub training: BTreeMap<String, String>,
 }
 
-/// The keys of [`AnchorMeta::training`].
+/// The keys of [`AnchorMeta::training`] that every data-driven anchor has.
 const TRAINING: [&str; 8] = ["eps", "epochs", "images", "attack", "examples", "objective", "seed", "losses"];
+/// Those that it may have.
+const MORE_TRAINING: [&str; 9] =
+    ["optimizer", "schedule", "batch", "clean_share", "data", "templates", "gif", "initial", "validation"];
 
 /// An anchor with its metadata.
 #[derive(Debug, Clone)]
@@ -342,12 +347,12 @@ impl AnchorMeta {
         let image_size = need("image_size")?;
         let contract = need("contract")?;
         let mut training = BTreeMap::new();
-        for key in TRAINING {
+        for key in TRAINING.into_iter().chain(MORE_TRAINING) {
             match get(key) {
                 Some(value) => {
                     training.insert(key.to_string(), value.to_string());
                 }
-                None if method == Method::DataDriven => {
+                None if method == Method::DataDriven && TRAINING.contains(&key) => {
                     need(key)?;
                 }
                 None => {}

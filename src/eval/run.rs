@@ -190,6 +190,62 @@ fn is_zero(value: &u64) -> bool {
     *value == 0
 }
 
+/// Begins a run in `folder`, or, with `resume`, goes on with the one that is there; while the file
+/// returned lives, no other process can.
+///
+/// # Errors
+/// As [`Run::open`].
+pub(crate) fn claim(folder: &Path, manifest: &Manifest, resume: bool) -> Result<File> {
+    std::fs::create_dir_all(folder).map_err(|e| Error::write(folder, e))?;
+    let lock = folder.join(LOCK);
+    let path = folder.join(RUN);
+    if !path.exists() {
+        let mut entries = std::fs::read_dir(folder).map_err(|e| Error::read(folder, e))?;
+        if let Some(other) = entries.find_map(|entry| {
+            let name = entry.ok()?.file_name();
+            (name != LOCK && name != ITEMS && !name.to_string_lossy().ends_with(".part")).then_some(name)
+        }) {
+            return Err(Error::config(
+                folder,
+                format!("expected an empty folder or a run, found `{}`", other.to_string_lossy()),
+            ));
+        }
+    }
+    let lock = {
+        let file = File::create(&lock).map_err(|e| Error::write(&lock, e))?;
+        match file.try_lock() {
+            Ok(()) => file,
+            Err(TryLockError::WouldBlock) => {
+                return Err(Error::config(folder, "another process is working on this run"));
+            }
+            Err(TryLockError::Error(e)) => return Err(Error::write(&lock, e)),
+        }
+    };
+    if path.exists() {
+        let found = Manifest::read(folder)?;
+        if !resume {
+            return Err(Error::Exists {
+                path: folder.to_path_buf(),
+                hint: "give --resume to go on with the run that is there, or another --out".into(),
+            });
+        }
+        if found != *manifest {
+            let mut all = Vec::new();
+            differences("", &found.decides, &manifest.decides, &mut all);
+            if found.shard != manifest.shard {
+                let text = |shard: Option<(usize, usize)>| {
+                    shard.map_or("none".to_string(), |(i, n)| format!("{i}/{n}"))
+                };
+                all.push(format!("shard was {}, is {}", text(found.shard), text(manifest.shard)));
+            }
+            return Err(Error::config(folder, format!("this is another run: {}", all.join("; "))));
+        }
+    } else {
+        write_whole(&path, manifest)?;
+    }
+    Ok(lock)
+}
+
 /// A run's folder, open for writing by this process alone.
 ///
 /// `run.json` says what the run is, `items.jsonl` has a line per item, appended and synced in
@@ -211,53 +267,7 @@ impl Run {
     /// If there is a run already and it is not to be resumed, or is another one (the error says
     /// what differs), or another process has it open, or the folder holds other things.
     pub fn open(folder: &Path, manifest: Manifest, resume: bool) -> Result<Self> {
-        std::fs::create_dir_all(folder).map_err(|e| Error::write(folder, e))?;
-        let lock = folder.join(LOCK);
-        let path = folder.join(RUN);
-        if !path.exists() {
-            let mut entries = std::fs::read_dir(folder).map_err(|e| Error::read(folder, e))?;
-            if let Some(other) = entries.find_map(|entry| {
-                let name = entry.ok()?.file_name();
-                (name != LOCK && name != ITEMS && !name.to_string_lossy().ends_with(".part")).then_some(name)
-            }) {
-                return Err(Error::config(
-                    folder,
-                    format!("expected an empty folder or a run, found `{}`", other.to_string_lossy()),
-                ));
-            }
-        }
-        let lock = {
-            let file = File::create(&lock).map_err(|e| Error::write(&lock, e))?;
-            match file.try_lock() {
-                Ok(()) => file,
-                Err(TryLockError::WouldBlock) => {
-                    return Err(Error::config(folder, "another process is working on this run"));
-                }
-                Err(TryLockError::Error(e)) => return Err(Error::write(&lock, e)),
-            }
-        };
-        if path.exists() {
-            let found = Manifest::read(folder)?;
-            if !resume {
-                return Err(Error::Exists {
-                    path: folder.to_path_buf(),
-                    hint: "give --resume to go on with the run that is there, or another --out".into(),
-                });
-            }
-            if found != manifest {
-                let mut all = Vec::new();
-                differences("", &found.decides, &manifest.decides, &mut all);
-                if found.shard != manifest.shard {
-                    let text = |shard: Option<(usize, usize)>| {
-                        shard.map_or("none".to_string(), |(i, n)| format!("{i}/{n}"))
-                    };
-                    all.push(format!("shard was {}, is {}", text(found.shard), text(manifest.shard)));
-                }
-                return Err(Error::config(folder, format!("this is another run: {}", all.join("; "))));
-            }
-        } else {
-            write_whole(&path, &manifest)?;
-        }
+        let lock = claim(folder, &manifest, resume)?;
         let path = folder.join(ITEMS);
         let mut items = OpenOptions::new()
             .read(true)

@@ -1,0 +1,523 @@
+//! `radapt anchor train`
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use candle_core::{Device, Tensor};
+use clap::{Args, ValueEnum};
+use radapt::attack::{Eps, Feature, Settings, Subject, ThreatKind};
+use radapt::data::{LabelledSet, registry};
+use radapt::defense::acquire::training_free;
+use radapt::defense::{self, AnchorMeta, Defense, Fra, Gif, default_cutoff};
+use radapt::eval::classify::{AttackPlan, Classify, Model as UnderTest};
+use radapt::eval::run::{Manifest, Run};
+use radapt::eval::{Precision, Row};
+use radapt::image::Preprocess;
+use radapt::model::{Model, ModelKind};
+use radapt::text::ZeroShotHead;
+use radapt::tower::VisionTower;
+use radapt::train::{Examples, Goal, Optimizer, Plan, Schedule, TRAINED_MIX, Trained, Training, TrainingSet};
+use serde_json::{Value, json};
+
+use super::anchor::fields;
+use super::classify::{Towers, with_text};
+use super::options::{DataFlags, ModelOptions, PictureLimits, argument};
+use super::row_table::row_table;
+use super::{Global, print};
+
+#[derive(Args)]
+pub struct Train {
+    #[command(flatten)]
+    model: ModelOptions,
+    /// Where to write the anchor
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+    /// The training's folder: pictures, state, losses and validation; FILE.training where not given
+    #[arg(long, value_name = "DIR")]
+    work: Option<PathBuf>,
+    /// Go on with the training in its folder, if there is one
+    #[arg(long)]
+    resume: bool,
+    #[command(flatten)]
+    pictures: TrainingPictures,
+    #[command(flatten)]
+    recipe: Recipe,
+    /// Another anchor to begin with, a file or a built-in one; the tower's own on a white picture
+    /// where not given
+    #[arg(long, value_name = "ANCHOR")]
+    initial: Option<PathBuf>,
+    /// The attack of the validation at the end, or none
+    #[arg(long, value_name = "ATTACK", default_value = "apgd-ce")]
+    validation_attack: String,
+    /// Steps between two states on disk; the anchor does not depend on it
+    #[arg(long, value_name = "STEPS", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..))]
+    save_every: u64,
+    #[command(flatten)]
+    limits: PictureLimits,
+}
+
+/// Which pictures are trained on.
+#[derive(Args, Clone)]
+#[command(next_help_heading = "Data")]
+pub struct TrainingPictures {
+    /// Labelled pictures, as `eval classify --data`
+    #[arg(long, value_name = "PATH", default_value = "pocket:train")]
+    data: String,
+    /// Pictures to train on, a seeded sample
+    #[arg(long, value_name = "N", default_value_t = 2000, value_parser = clap::value_parser!(u64).range(1..))]
+    n: u64,
+    /// Other pictures of the same data that choose the best epoch and validate; 0 for none
+    #[arg(long, value_name = "N", default_value_t = 200)]
+    held_out: u64,
+    /// Which registered set the data is, where its name does not tell
+    #[arg(long, value_name = "NAME")]
+    dataset: Option<String>,
+    /// A file of class names, one a line in label order, instead of the data's own
+    #[arg(long, value_name = "FILE")]
+    classes: Option<PathBuf>,
+    /// A prompt with {class} in it, a file of such prompts, or `own`
+    #[arg(long, value_name = "TEMPLATE", default_value = registry::TEMPLATE)]
+    template: String,
+}
+
+/// How an anchor is trained.
+#[derive(Args, Clone)]
+#[command(next_help_heading = "Training")]
+pub struct Recipe {
+    /// The anchor's factor
+    #[arg(long, value_name = "NUMBER", default_value_t = TRAINED_MIX.0, allow_negative_numbers = true)]
+    pub alpha: f64,
+    /// The attention output's factor
+    #[arg(long, value_name = "NUMBER", default_value_t = TRAINED_MIX.1, allow_negative_numbers = true)]
+    pub beta: f64,
+    /// GIF's cutoff D0; 40 bins, fewer for pictures under 224 pixels, where not given
+    #[arg(long, value_name = "BINS")]
+    pub cutoff: Option<f64>,
+    /// Pictures crafted once on the undefended model (static, the paper's) or anew against the
+    /// anchor as it stands (adaptive)
+    #[arg(long, value_name = "WHICH", default_value = "static")]
+    pub examples: ExamplesFlag,
+    /// ce: the zero-shot head's cross-entropy; embedding: stay with the undefended model's clean
+    /// features, for towers without a text side
+    #[arg(long, value_name = "OBJECTIVE", default_value = "ce")]
+    pub objective: Objective,
+    /// The radius pictures are crafted at
+    #[arg(long, value_name = "EPS", default_value = "4/255")]
+    pub eps: Eps,
+    /// The attack that crafts them, as `radapt attack --help` lists them
+    #[arg(long, value_name = "ATTACK", default_value = "pgd")]
+    pub attack: String,
+    /// Its steps instead of its own
+    #[arg(long, value_name = "N")]
+    pub steps: Option<usize>,
+    /// The share of the loss taken on the clean pictures, from 0 (the paper) to below 1
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    pub clean_share: f64,
+    /// Passes over the pictures
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    pub epochs: usize,
+    /// Pictures in a step
+    #[arg(long, value_name = "N", default_value_t = 50)]
+    pub batch: usize,
+    /// adam or sgd
+    #[arg(long, value_name = "NAME", default_value = "adam")]
+    pub optimizer: OptimizerFlag,
+    /// The learning rate; 0.01 for adam, 1 for sgd where not given
+    #[arg(long, value_name = "RATE")]
+    pub rate: Option<f64>,
+    /// SGD's momentum; 0.9 where not given
+    #[arg(long, value_name = "NUMBER")]
+    pub momentum: Option<f64>,
+    /// cosine or constant
+    #[arg(long, value_name = "NAME", default_value = "cosine")]
+    pub schedule: Schedule,
+    /// Stop after this many epochs without a lower held-out loss
+    #[arg(long, value_name = "EPOCHS")]
+    pub patience: Option<usize>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum ExamplesFlag {
+    Static,
+    Adaptive,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Objective {
+    Ce,
+    Embedding,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OptimizerFlag {
+    Adam,
+    Sgd,
+}
+
+impl TrainingPictures {
+    /// The pictures to train on, and those held out.
+    pub fn open(
+        &self,
+        seed: u64,
+        size: u32,
+        offline: bool,
+    ) -> radapt::Result<(LabelledSet, Option<LabelledSet>)> {
+        let whole = self.n.saturating_add(self.held_out);
+        let flags = DataFlags {
+            data: self.data.clone(),
+            // Scenes without number; of files all, to be drawn from.
+            n: self.data.starts_with("pocket").then_some(whole),
+            first: true,
+            dataset: self.dataset.clone(),
+            classes: self.classes.clone(),
+            template: self.template.clone(),
+        };
+        let set = flags.open(seed, size, offline)?;
+        let number = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
+        let (train, held_out) = set.split(number(self.n), number(self.held_out), seed)?;
+        Ok((train, (self.held_out > 0).then_some(held_out)))
+    }
+
+    fn templates(&self, set: &LabelledSet) -> radapt::Result<Vec<String>> {
+        let flags = DataFlags {
+            data: self.data.clone(),
+            n: None,
+            first: false,
+            dataset: None,
+            classes: None,
+            template: self.template.clone(),
+        };
+        flags.templates(set)
+    }
+}
+
+impl Recipe {
+    pub fn plan(&self, image_size: usize, seed: u64) -> radapt::Result<Plan> {
+        let optimizer = match (self.optimizer, self.momentum) {
+            (OptimizerFlag::Adam, None) => Optimizer::Adam { rate: self.rate.unwrap_or(0.01) },
+            (OptimizerFlag::Adam, Some(_)) => {
+                return Err(argument("--momentum", "sgd to go with it", "adam"));
+            }
+            (OptimizerFlag::Sgd, momentum) => {
+                Optimizer::Sgd { rate: self.rate.unwrap_or(1.0), momentum: momentum.unwrap_or(0.9) }
+            }
+        };
+        let settings = Settings { steps: self.steps, ..Settings::default() };
+        if let Some(flag) = settings.unused_by(std::slice::from_ref(&self.attack)) {
+            return Err(argument(flag, "an attack that has a use for it", &self.attack));
+        }
+        Ok(Plan {
+            alpha: self.alpha,
+            beta: self.beta,
+            cutoff: Some(self.cutoff.unwrap_or(default_cutoff(image_size))),
+            examples: match self.examples {
+                ExamplesFlag::Static => Examples::Static,
+                ExamplesFlag::Adaptive => Examples::Adaptive,
+            },
+            attack: self.attack.clone(),
+            eps: self.eps,
+            settings,
+            clean: self.clean_share,
+            epochs: self.epochs,
+            batch: self.batch,
+            optimizer,
+            schedule: self.schedule,
+            patience: self.patience,
+            seed,
+        })
+    }
+}
+
+/// What a training stands on.
+struct Ground {
+    model: Model,
+    preprocess: Preprocess,
+    towers: Towers,
+    head: Option<ZeroShotHead>,
+    templates: Vec<String>,
+    train: LabelledSet,
+    held_out: Option<LabelledSet>,
+    device: Device,
+}
+
+impl Train {
+    pub fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
+        let spinner = global.spinner("loading the model");
+        let ground = self.ground(global.seed)?;
+        spinner.finish_and_clear();
+        let spec = ground.towers.exact.spec().clone();
+        let plan = self.recipe.plan(spec.image_size, global.seed)?;
+        let validation = (self.validation_attack != "none" && ground.held_out.is_some()).then(|| {
+            AttackPlan { name: self.validation_attack.clone(), eps: plan.eps, settings: Settings::default() }
+        });
+        if let Some(attack) = &validation {
+            // Before hours of training.
+            radapt::attack::Named::new(&attack.name, attack.eps, &attack.settings)?;
+        }
+        let (initial, initial_name) = match &self.initial {
+            None => (training_free(&ground.towers.exact)?, None),
+            Some(path) => {
+                let anchor = defense::Anchor::find(path)?;
+                anchor.check(&spec, &ground.model.fingerprint()?, false)?;
+                let sha = anchor.sha256()?;
+                (anchor.values, Some(format!("{} {sha}", path.display())))
+            }
+        };
+        let goal = match &ground.head {
+            Some(head) => Goal::CrossEntropy { head },
+            None => Goal::Embedding { feature: feature(&ground.model, ground.towers.exact.spec())? },
+        };
+        let training = Training {
+            plan,
+            tower: &ground.towers.exact,
+            craft: ground.towers.craft.as_ref(),
+            model: ground.model.name.clone(),
+            goal,
+            initial,
+            data: TrainingSet {
+                set: &ground.train,
+                held_out: ground.held_out.as_ref(),
+                limits: self.limits.limits(),
+                preprocess: &ground.preprocess,
+            },
+            save_every: self.save_every as usize,
+        };
+        let work = self.work.clone().unwrap_or_else(|| {
+            let mut name = self.out.clone().into_os_string();
+            name.push(".training");
+            name.into()
+        });
+        let decides = training.decides(json!({
+            "model": {
+                "name": ground.model.name,
+                "revision": ground.model.revision,
+                "digest": ground.model.digest()?,
+            },
+            "templates": ground.templates,
+        }))?;
+        let bar = global.bar("", 0);
+        let mut told = |done: &radapt::train::Progress| {
+            bar.set_length(done.of as u64);
+            bar.set_position(done.done as u64);
+            let loss = done.loss.map(|loss| format!(", loss {loss:.4}")).unwrap_or_default();
+            bar.set_message(format!("{}{loss}", done.now));
+        };
+        let trained = training.run(&work, decides.clone(), self.resume, &mut told)?;
+        for epoch in &trained.epochs {
+            if let Some(held_out) = &epoch.held_out {
+                let percent = |name: &str, value: Option<f64>| {
+                    value.map(|value| format!(", {name} {value:.1} %")).unwrap_or_default()
+                };
+                global.say(format_args!(
+                    "epoch {}: held-out loss {:.4}{}{}",
+                    epoch.epoch,
+                    held_out.loss,
+                    percent("clean right", held_out.clean),
+                    percent(
+                        match training.plan.examples {
+                            Examples::Static => "attacked (transfer) right",
+                            Examples::Adaptive => "attacked (adaptive) right",
+                        },
+                        held_out.adversarial
+                    ),
+                ));
+            }
+        }
+        let rows = match &validation {
+            None => Vec::new(),
+            Some(_) if ground.head.is_none() => distances(&training, &trained, &work, &mut told)?,
+            Some(attack) => {
+                let found = self.validate(global, &ground, &training, &trained, attack, &decides, &work)?;
+                global.say(row_table(&found));
+                found.iter().map(serde_json::to_value).collect::<Result<_, _>>()?
+            }
+        };
+        bar.finish_and_clear();
+
+        let mut more = trained.metadata(&training.plan, &training.goal);
+        more.insert("data".into(), ground.train.name().into());
+        if ground.head.is_some() {
+            more.insert("templates".into(), Value::from(ground.templates.clone()).to_string());
+        }
+        if let Some(name) = initial_name {
+            more.insert("initial".into(), name);
+        }
+        if !rows.is_empty() {
+            more.insert("validation".into(), Value::from(rows.clone()).to_string());
+        }
+        let plan = &training.plan;
+        let anchor = defense::Anchor {
+            values: trained.anchor.clone(),
+            meta: AnchorMeta {
+                method: Trained::METHOD,
+                base_model: ground.model.name.clone(),
+                base_revision: ground.model.revision.clone(),
+                fingerprint: ground.model.fingerprint()?,
+                guide_model: String::new(),
+                grid: spec.grid,
+                class_token: spec.class_token,
+                image_size: spec.image_size,
+                contract: ground.preprocess.contract,
+                alpha: plan.alpha,
+                beta: plan.beta,
+                cutoff: plan.cutoff.unwrap_or(default_cutoff(spec.image_size)),
+                training: more,
+            },
+        };
+        anchor.save(&self.out)?;
+        for defect in &trained.defects {
+            global.say(format_args!("warning: left out `{}`: {}", defect.id, defect.reason));
+        }
+        let mut json = fields(&anchor)?;
+        json.insert("file".into(), self.out.display().to_string().into());
+        json.insert("sha256".into(), anchor.sha256()?.into());
+        json.insert("folder".into(), work.display().to_string().into());
+        json.insert("epoch".into(), trained.epoch.into());
+        json.insert("stopped".into(), trained.stopped.into());
+        json.insert("steps".into(), trained.steps.iter().map(|step| step.loss).collect::<Vec<_>>().into());
+        json.insert("epochs".into(), serde_json::to_value(&trained.epochs)?);
+        json.insert("rows".into(), rows.into());
+        let defects =
+            trained.defects.iter().map(|defect| json!({ "id": defect.id, "reason": defect.reason }));
+        json.insert("failed".into(), defects.collect());
+        print(global, Value::Object(json), &self.out.display().to_string())?;
+        Ok(if trained.defects.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+
+    fn ground(&self, seed: u64) -> anyhow::Result<Ground> {
+        let device = self.model.device()?;
+        let options = match self.recipe.objective {
+            Objective::Ce => ModelOptions { model: with_text(&self.model.model), ..self.model.clone() },
+            Objective::Embedding => self.model.clone(),
+        };
+        let model = options.find()?;
+        if self.recipe.objective == Objective::Ce && model.kind != ModelKind::Clip {
+            let found = format!("ce on `{}`", model.name);
+            return Err(argument("--objective", "embedding for a model without a text side", &found).into());
+        }
+        let preprocess = model.preprocess(options.contract)?;
+        let side = model.tower_config()?.image_size as u32;
+        let (train, held_out) = self.pictures.open(seed, side, options.offline)?;
+        let (head, templates) = match self.recipe.objective {
+            Objective::Embedding => (None, Vec::new()),
+            Objective::Ce => {
+                let templates = self.pictures.templates(&train)?;
+                let text = model.text(&device)?;
+                let (classes, names) = (train.classes(), train.prompt_names());
+                let head = ZeroShotHead::with_prompt_names(&text, classes, names, &templates)?;
+                (Some(head), templates)
+            }
+        };
+        let towers = Towers::load(&model, &preprocess, options.dtype(), &device)?;
+        Ok(Ground { model, preprocess, towers, head, templates, train, held_out, device })
+    }
+
+    /// Clean, transfer and adaptive figures on the held-out pictures: undefended, GIF alone, and
+    /// GIF with the anchor.
+    #[expect(clippy::too_many_arguments, reason = "each is another thing")]
+    fn validate(
+        &self,
+        global: &Global,
+        ground: &Ground,
+        training: &Training,
+        trained: &Trained,
+        attack: &AttackPlan,
+        decides: &Value,
+        work: &Path,
+    ) -> anyhow::Result<Vec<Row>> {
+        let (Some(head), Some(set)) = (&ground.head, &ground.held_out) else {
+            return Ok(Vec::new());
+        };
+        let towers = &ground.towers;
+        let defenses = defenses(training, &trained.anchor)?;
+        let models = defenses
+            .iter()
+            .map(|(name, defense)| {
+                let subject = Subject::new(&ground.model.name, defense)?;
+                Ok((*name, towers.classifier(head, defense, subject)?))
+            })
+            .collect::<radapt::Result<Vec<_>>>()?;
+        let surrogate =
+            towers.classifier(head, &Defense::default(), Subject::undefended(&ground.model.name))?;
+        let classify = Classify {
+            set,
+            limits: self.limits.limits(),
+            preprocess: ground.preprocess.clone(),
+            native: false,
+            models: models
+                .iter()
+                .map(|(name, model)| UnderTest { defense: (*name).into(), classifier: model.as_ref() })
+                .collect(),
+            surrogate: surrogate.as_ref(),
+            attacks: vec![attack.clone()],
+            threats: vec![ThreatKind::Transfer, ThreatKind::Adaptive],
+            pictures: Precision::Float,
+            seed: global.seed,
+            batch: 16,
+            save: false,
+            device: ground.device.clone(),
+        };
+        let decides = classify.decides(json!({ "model": decides["model"], "training": decides }))?;
+        let manifest = Manifest::new(decides, None, classify.items(None)?);
+        let mut run = Run::open(&work.join("validation"), manifest, true)?;
+        let bar = global.bar("", 0);
+        let summary = classify.run(&mut run, &mut |done| {
+            bar.set_length(done.of as u64);
+            bar.set_position(done.items as u64);
+            bar.set_message(format!("validation: {}", done.now.0));
+        })?;
+        bar.finish_and_clear();
+        Ok(summary.rows)
+    }
+}
+
+/// What is compared in a validation: nothing, GIF alone, GIF and the anchor.
+fn defenses(training: &Training, anchor: &Tensor) -> radapt::Result<Vec<(&'static str, Defense)>> {
+    let plan = &training.plan;
+    let spec = training.tower.spec();
+    let (side, device) = (spec.image_size, training.tower.device());
+    let gif =
+        plan.cutoff.map(|cutoff| Gif::new(side, side, cutoff, device)).transpose()?.map(std::sync::Arc::new);
+    let fra = std::sync::Arc::new(Fra::new(anchor, plan.alpha, plan.beta, device)?);
+    let alone = Defense { gif: gif.clone(), ..Defense::default() };
+    let both = Defense { gif, fra: Some(fra), anchor: Some("trained".into()), method: Some(Trained::METHOD) };
+    Ok(vec![("none", Defense::default()), ("gif", alone), ("gif+fra", both)])
+}
+
+/// The features a model reads: a CLIP's embedding, a LLaVA's patch tokens.
+fn feature(model: &Model, spec: &radapt::tower::TowerSpec) -> radapt::Result<Feature> {
+    Ok(match model.kind {
+        ModelKind::Clip if spec.projection.is_some() => Feature::Embeds,
+        ModelKind::Clip => Feature::Pooled,
+        ModelKind::Llava | ModelKind::LlavaNext => Feature::Patches(model.features()?.0),
+    })
+}
+
+/// The validation of a training on features, rows as in the metadata.
+fn distances(
+    training: &Training,
+    trained: &Trained,
+    work: &Path,
+    told: &mut dyn FnMut(&radapt::train::Progress),
+) -> anyhow::Result<Vec<Value>> {
+    let mut rows = Vec::new();
+    for (name, defense) in defenses(training, &trained.anchor)? {
+        let found = training.distances(work, &defense, told)?;
+        let n = training.data.held_out.map_or(0, |set| set.items().len());
+        let row = |threat: Option<ThreatKind>, value: f64| {
+            json!({
+                "task": "embedding",
+                "defense": name,
+                "attack": threat.map(|_| "pgd"),
+                "eps": threat.map(|_| training.plan.eps),
+                "threat": threat,
+                "n": n,
+                "value": value,
+            })
+        };
+        rows.push(row(None, found.clean));
+        rows.push(row(Some(ThreatKind::Transfer), found.transfer));
+        rows.push(row(Some(ThreatKind::Adaptive), found.adaptive));
+    }
+    Ok(rows)
+}

@@ -1,0 +1,701 @@
+//! R-Adapt+: an anchor optimised on adversarial pictures, the paper's Eq. 8.
+//!
+//! Every weight stays frozen and GIF is on; the anchor alone follows its gradient, which stops at
+//! the first block. Pictures are crafted once on the undefended model, as the paper has it
+//! ([`Examples::Static`]), or anew against the anchor as it stands ([`Examples::Adaptive`], ours).
+//!
+//! A training lives in a folder ([`Training::run`]): the prepared and the crafted pictures, and
+//! its state after every so many steps. Killed and begun again it goes on, and ends in the same
+//! anchor to the byte.
+
+mod goal;
+mod optimizer;
+mod state;
+mod store;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+use image::RgbImage;
+use rand_chacha::rand_core::RngCore;
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+pub use goal::Goal;
+pub use optimizer::{Optimizer, Schedule};
+pub use state::{Epoch, Measured, Step};
+
+use crate::attack::{Eps, Pictures, Settings, Subject, key, picture_rng, quantise};
+use crate::data::{Defect, LabelledSet};
+use crate::defense::{Defense, Fra, Gif, Method};
+use crate::eval::run::{Manifest, claim, write_whole};
+use crate::image::{DecodeLimits, Preprocess, pixels_from_rgb};
+use crate::tower::VisionTower;
+use crate::tower::clip::Clip;
+use crate::{Error, Result};
+use state::State;
+use store::Store;
+
+/// alpha and beta of the paper's Table 9 for R-Adapt+.
+pub const TRAINED_MIX: (f64, f64) = (0.8, 0.2);
+
+/// Which adversarial pictures an anchor is trained on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Examples {
+    /// Crafted once on the undefended model and rounded to 8 bits, as files hold them: the paper's.
+    Static,
+    /// Crafted in every epoch against the anchor as it stands, gradients through GIF and FRA.
+    Adaptive,
+}
+
+impl std::fmt::Display for Examples {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Static => "static",
+            Self::Adaptive => "adaptive",
+        })
+    }
+}
+
+/// How an anchor is trained.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// The anchor's factor.
+    pub alpha: f64,
+    /// The attention output's factor.
+    pub beta: f64,
+    /// GIF's cutoff in frequency bins; `None` trains without GIF.
+    pub cutoff: Option<f64>,
+    /// Which adversarial pictures.
+    pub examples: Examples,
+    /// The attack that crafts them, by its name; for features `pgd` alone.
+    pub attack: String,
+    /// Its radius.
+    pub eps: Eps,
+    /// What is changed of it.
+    pub settings: Settings,
+    /// The share of the loss that is taken on the clean pictures, 0 to 1; 0 in the paper.
+    pub clean: f64,
+    /// Passes over the pictures.
+    pub epochs: usize,
+    /// Pictures in a step.
+    pub batch: usize,
+    /// What a gradient does to the anchor.
+    pub optimizer: Optimizer,
+    /// What becomes of the learning rate.
+    pub schedule: Schedule,
+    /// Stop after this many epochs without a lower held-out loss.
+    pub patience: Option<usize>,
+    /// Of the order of pictures and of the attacks.
+    pub seed: u64,
+}
+
+impl Plan {
+    /// The paper's: Eq. 8 with Table 9's alpha and beta, eps 4/255, 10 epochs. What it does not
+    /// say is ours: batches of 50, Adam at 0.01 along a cosine.
+    pub fn paper(cutoff: f64) -> Self {
+        let (alpha, beta) = TRAINED_MIX;
+        Self {
+            alpha,
+            beta,
+            cutoff: Some(cutoff),
+            examples: Examples::Static,
+            attack: "pgd".into(),
+            eps: Eps::of_255(4),
+            settings: Settings::default(),
+            clean: 0.0,
+            epochs: 10,
+            batch: 50,
+            optimizer: Optimizer::ADAM,
+            schedule: Schedule::Cosine,
+            patience: None,
+            seed: 0,
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        if !(0.0..1.0).contains(&self.clean) {
+            return Err(Error::argument("clean share", "from 0 to below 1", self.clean));
+        }
+        for (what, value) in [("epochs", self.epochs), ("batch", self.batch)] {
+            if value == 0 {
+                return Err(Error::argument(what, "at least 1", value));
+            }
+        }
+        if self.patience == Some(0) {
+            return Err(Error::argument("patience", "at least 1 epoch", 0));
+        }
+        self.optimizer.check()
+    }
+}
+
+/// Labelled pictures as they are trained on.
+pub struct TrainingSet<'a> {
+    /// What the anchor is optimised on.
+    pub set: &'a LabelledSet,
+    /// What stops it early and chooses the epoch; disjoint from `set`. It may be missing.
+    pub held_out: Option<&'a LabelledSet>,
+    /// Limits on picture files.
+    pub limits: DecodeLimits,
+    /// From a picture file to the tower's pixels.
+    pub preprocess: &'a Preprocess,
+}
+
+/// A training: all that decides the anchor.
+pub struct Training<'a> {
+    /// How.
+    pub plan: Plan,
+    /// The frozen tower with nothing put in.
+    pub tower: &'a Clip,
+    /// The same in the precision pictures are crafted in, where that is another.
+    pub craft: Option<&'a Clip>,
+    /// The model's name.
+    pub model: String,
+    /// What is to become small.
+    pub goal: Goal<'a>,
+    /// Where the anchor begins, `(N, D)`: in the paper the tower's own on a white picture.
+    pub initial: Tensor,
+    /// On what.
+    pub data: TrainingSet<'a>,
+    /// Steps between two states on disk: what a kill loses. The anchor does not depend on it.
+    pub save_every: usize,
+}
+
+/// How far a training is.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Progress {
+    /// What is being done: `reading`, `crafting`, `epoch 3`, `held-out pictures`.
+    pub now: String,
+    /// Pictures of that done.
+    pub done: usize,
+    /// Pictures of that in all.
+    pub of: usize,
+    /// The mean loss of the epoch so far.
+    pub loss: Option<f64>,
+}
+
+/// What a training came to.
+#[derive(Debug, Clone)]
+pub struct Trained {
+    /// `(N, D)` f32 on the CPU: that of the best epoch on the held-out pictures, or of the last
+    /// epoch where there are none.
+    pub anchor: Tensor,
+    /// The epoch it is of; 0 is the anchor it began with.
+    pub epoch: usize,
+    /// Whether it stopped before its last epoch.
+    pub stopped: bool,
+    /// The loss of every step.
+    pub steps: Vec<Step>,
+    /// The held-out figures of every epoch, the first before any step.
+    pub epochs: Vec<Epoch>,
+    /// Pictures it was trained on.
+    pub pictures: usize,
+    /// Pictures that could not be read.
+    pub defects: Vec<Defect>,
+}
+
+impl Trained {
+    /// What an anchor's metadata says of it ([`crate::defense::AnchorMeta::training`]).
+    pub fn metadata(&self, plan: &Plan, goal: &Goal) -> BTreeMap<String, String> {
+        let round = |value: f64| (value * 1e5).round() / 1e5;
+        let losses: Vec<Value> = self
+            .epochs
+            .iter()
+            .map(|epoch| {
+                json!({
+                    "epoch": epoch.epoch,
+                    "train": epoch.train.as_ref().map(|m| round(m.loss)),
+                    "held_out": epoch.held_out.as_ref().map(|m| round(m.loss)),
+                })
+            })
+            .collect();
+        let mut entries: BTreeMap<String, String> = [
+            ("eps", plan.eps.to_string()),
+            ("epochs", self.epoch.to_string()),
+            ("images", self.pictures.to_string()),
+            ("attack", json!({ "name": plan.attack, "settings": plan.settings }).to_string()),
+            ("examples", plan.examples.to_string()),
+            ("objective", goal.name().to_string()),
+            ("seed", plan.seed.to_string()),
+            ("losses", Value::from(losses).to_string()),
+            ("optimizer", json!(plan.optimizer).to_string()),
+            ("schedule", plan.schedule.to_string()),
+            ("batch", plan.batch.to_string()),
+            ("clean_share", plan.clean.to_string()),
+        ]
+        .into_iter()
+        .map(|(key, value)| (key.to_string(), value))
+        .collect();
+        if plan.cutoff.is_none() {
+            entries.insert("gif".into(), "off".into());
+        }
+        entries
+    }
+
+    /// The method these anchors are of.
+    pub const METHOD: Method = Method::DataDriven;
+}
+
+/// The pictures of a training that could be read: a row each, those to train on first.
+struct Rows {
+    keys: Vec<u64>,
+    labels: Vec<usize>,
+    /// Rows below this are trained on, the others are held out.
+    trained: usize,
+    clean: Store,
+    /// Crafted on the undefended model.
+    crafted: Option<Store>,
+    defects: Vec<Defect>,
+}
+
+/// `pictures.json`: which of the data's pictures have a row.
+#[derive(Serialize, Deserialize)]
+struct Prepared {
+    /// Numbers in the training set, then in the held-out set.
+    rows: [Vec<usize>; 2],
+    defects: Vec<(String, String)>,
+}
+
+impl Training<'_> {
+    /// What decides the result; `more` are the caller's own entries, such as the model's weights
+    /// and the head's templates.
+    pub fn decides(&self, more: Value) -> Result<Value> {
+        let set = |set: &LabelledSet| json!({ "name": set.name(), "items": set.items().len(), "digest": set.digest() });
+        let p = self.data.preprocess;
+        let mut decides = json!({
+            "task": "anchor",
+            "version": env!("CARGO_PKG_VERSION"),
+            "plan": self.plan,
+            "goal": self.goal.describe(),
+            "tower": format!("{:?}", self.tower.precision()),
+            "crafted_in": self.craft.map(|craft| format!("{:?} {:?}", craft.dtype(), craft.precision())),
+            "initial": digest(&self.initial)?,
+            "dataset": set(self.data.set),
+            "held_out": self.data.held_out.map(set),
+            "preprocess": {
+                "contract": p.contract.to_string(),
+                "width": p.width,
+                "height": p.height,
+                "resize": format!("{:?}, {:?}", p.scale, p.filter),
+            },
+        });
+        if let (Some(all), Value::Object(more)) = (decides.as_object_mut(), more) {
+            all.extend(more);
+        }
+        Ok(decides)
+    }
+
+    /// Trains in `folder`, or goes on with the training that is there.
+    ///
+    /// # Errors
+    /// If the plan or the data are unusable, the folder holds another training (the error says what
+    /// differs) or one that is not to be resumed, no picture can be read, or the model fails.
+    pub fn run(
+        &self,
+        folder: &Path,
+        decides: Value,
+        resume: bool,
+        told: &mut dyn FnMut(&Progress),
+    ) -> Result<Trained> {
+        self.plan.check()?;
+        if self.plan.patience.is_some() && self.data.held_out.is_none() {
+            return Err(Error::argument("patience", "held-out pictures to go with it", "none"));
+        }
+        let classes = match &self.goal {
+            Goal::CrossEntropy { head } => Some(head.classes.len()),
+            Goal::Embedding { .. } => None,
+        };
+        if let Some(classes) = classes
+            && classes != self.data.set.classes().len()
+        {
+            let expected = format!("{classes} classes, as the head has");
+            return Err(Error::argument("data", expected, self.data.set.classes().len()));
+        }
+        self.goal.check(&self.plan, self.tower)?;
+        let _lock = claim(folder, &Manifest::new(decides, None, self.items()), resume)?;
+        let rows = self.prepare(folder, told)?;
+        let state = self.optimise(folder, &rows, told)?;
+        let spec = self.tower.spec();
+        let held_out = rows.trained < rows.labels.len();
+        let anchor = if held_out { &state.best } else { &state.anchor };
+        state.write_curve(&folder.join("losses.csv"))?;
+        Ok(Trained {
+            anchor: Tensor::from_vec(anchor.clone(), (spec.tokens(), spec.hidden), &Device::Cpu)?,
+            epoch: if held_out { state.best_epoch } else { state.epochs.len().saturating_sub(1) },
+            stopped: state.epochs.len() <= self.plan.epochs,
+            steps: state.steps,
+            epochs: state.epochs,
+            pictures: rows.trained,
+            defects: rows.defects,
+        })
+    }
+
+    fn items(&self) -> usize {
+        self.data.set.items().len() + self.data.held_out.map_or(0, |set| set.items().len())
+    }
+
+    /// Reads every picture once and, for static examples, crafts every one.
+    fn prepare(&self, folder: &Path, told: &mut dyn FnMut(&Progress)) -> Result<Rows> {
+        const AT_ONCE: usize = 64;
+        let of = self.items();
+        let (width, height) = (self.data.preprocess.width as usize, self.data.preprocess.height as usize);
+        let (list, pictures) = (folder.join("pictures.json"), folder.join("pictures.u8"));
+        let mut tell = |now: &str, done: usize, of: usize| {
+            told(&Progress { now: now.into(), done, of, loss: None });
+        };
+        let sets: Vec<&LabelledSet> = std::iter::once(self.data.set).chain(self.data.held_out).collect();
+        if !list.exists() {
+            let mut prepared = Prepared { rows: [Vec::new(), Vec::new()], defects: Vec::new() };
+            let mut store = Store::create(&pictures, width, height)?;
+            let mut done = 0;
+            for (set, rows) in sets.iter().zip(&mut prepared.rows) {
+                let all: Vec<usize> = (0..set.items().len()).collect();
+                for part in all.chunks(AT_ONCE) {
+                    let read = |&i: &usize| -> Result<RgbImage> {
+                        Ok(self.data.preprocess.prepare(&set.picture(i, &self.data.limits)?))
+                    };
+                    let found: Vec<Result<RgbImage>> = part.par_iter().map(read).collect();
+                    for (&i, picture) in part.iter().zip(found) {
+                        match picture {
+                            Ok(picture) => {
+                                store.append(picture.as_raw())?;
+                                rows.push(i);
+                            }
+                            Err(error) => {
+                                prepared.defects.push((set.items()[i].id.clone(), error.to_string()));
+                            }
+                        }
+                    }
+                    done += part.len();
+                    tell("reading", done, of);
+                }
+                let defects = set.defects().iter().map(|defect| (defect.id.clone(), defect.reason.clone()));
+                prepared.defects.extend(defects);
+            }
+            store.sync()?;
+            write_whole(&list, &prepared)?;
+        }
+        let text = std::fs::read_to_string(&list).map_err(|e| Error::read(&list, e))?;
+        let prepared: Prepared =
+            serde_json::from_str(&text).map_err(|e| Error::config(&list, e.to_string()))?;
+        let mut rows = Rows {
+            keys: Vec::new(),
+            labels: Vec::new(),
+            trained: prepared.rows[0].len(),
+            clean: Store::open_or_create(&pictures, width, height)?,
+            crafted: None,
+            defects: prepared.defects.into_iter().map(|(id, reason)| Defect { id, reason }).collect(),
+        };
+        for (set, found) in sets.iter().zip(&prepared.rows) {
+            for item in found.iter().filter_map(|&i| set.items().get(i)) {
+                rows.keys.push(key(&item.id));
+                rows.labels.push(item.label);
+            }
+        }
+        if rows.keys.len() != rows.clean.len() {
+            let reason = format!("expected {} pictures, found {}", rows.keys.len(), rows.clean.len());
+            return Err(Error::config(pictures, reason));
+        }
+        if rows.trained == 0 {
+            let reason =
+                rows.defects.first().map_or(String::new(), |d| format!("; `{}`: {}", d.id, d.reason));
+            return Err(Error::argument("data", "a picture that can be read", format!("none{reason}")));
+        }
+        if self.plan.examples == Examples::Static {
+            let path = folder.join("crafted.u8");
+            let mut store = Store::open_or_create(&path, width, height)?;
+            let tower = self.craft.unwrap_or(self.tower);
+            let subject = Subject::undefended(&self.model);
+            let of = rows.labels.len();
+            while store.len() < of {
+                let part: Vec<usize> = (store.len()..of.min(store.len() + AT_ONCE)).collect();
+                tell("crafting on the undefended model", store.len(), of);
+                let clean = self.pixels(&rows.clean, &part)?;
+                let found = self.craft(tower, subject.clone(), &clean, &rows, &part, self.plan.seed)?;
+                let found = quantise(&found, &clean, self.plan.eps)?;
+                for row in 0..part.len() {
+                    store.append(&store::bytes(&found.get(row)?)?)?;
+                }
+                store.sync()?;
+            }
+            tell("crafting on the undefended model", of, of);
+            rows.crafted = Some(store);
+        }
+        Ok(rows)
+    }
+
+    /// Pixels `(R, 3, H, W)` of these rows.
+    fn pixels(&self, store: &Store, rows: &[usize]) -> Result<Tensor> {
+        let device = self.tower.device();
+        let pixels = rows
+            .iter()
+            .map(|&row| pixels_from_rgb(&store.picture(row)?, device))
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Tensor::stack(&pixels, 0)?)
+    }
+
+    /// Adversarial pixels of these rows, crafted on `tower`.
+    fn craft(
+        &self,
+        tower: &Clip,
+        subject: Subject,
+        clean: &Tensor,
+        rows: &Rows,
+        part: &[usize],
+        seed: u64,
+    ) -> Result<Tensor> {
+        let pictures = Pictures::new(clean, part.iter().map(|&row| rows.keys[row]).collect())?;
+        let labels = part.iter().map(|&row| rows.labels[row]).collect();
+        self.goal.craft(&self.plan, self.tower, tower, subject, &pictures, labels, seed)
+    }
+
+    /// The tower with GIF and this anchor.
+    fn defense(&self, anchor: &[f32], gif: Option<&Arc<Gif>>) -> Result<Defense> {
+        let spec = self.tower.spec();
+        let anchor = Tensor::from_slice(anchor, (spec.tokens(), spec.hidden), &Device::Cpu)?;
+        let fra = Fra::new(&anchor, self.plan.alpha, self.plan.beta, self.tower.device())?;
+        Ok(Defense {
+            gif: gif.cloned(),
+            fra: Some(Arc::new(fra)),
+            anchor: Some("in training".into()),
+            method: Some(Method::DataDriven),
+        })
+    }
+
+    /// The adversarial pixels of these rows for the tower as it is defended now. `round` tells
+    /// epochs apart.
+    fn examples(
+        &self,
+        rows: &Rows,
+        part: &[usize],
+        clean: &Tensor,
+        defense: &Defense,
+        round: usize,
+    ) -> Result<Tensor> {
+        match &rows.crafted {
+            Some(store) => self.pixels(store, part),
+            None => {
+                let tower = self.craft.unwrap_or(self.tower).with(defense.inserts());
+                let subject = Subject::new(&self.model, defense)?;
+                // Every epoch has its own starts.
+                let seed = self.plan.seed.wrapping_add(round as u64 + 1);
+                self.craft(&tower, subject, clean, rows, part, seed)
+            }
+        }
+    }
+
+    fn optimise(&self, folder: &Path, rows: &Rows, told: &mut dyn FnMut(&Progress)) -> Result<State> {
+        let plan = &self.plan;
+        let path = folder.join("state.safetensors");
+        let initial = self.initial.flatten_all()?.to_vec1::<f32>()?;
+        let mut state = match State::read(&path, initial.len())? {
+            Some(state) => state,
+            None => State::new(initial),
+        };
+        let side = |n: u32| n as usize;
+        let (height, width) = (side(self.data.preprocess.height), side(self.data.preprocess.width));
+        let gif = plan.cutoff.map(|cutoff| Gif::new(height, width, cutoff, self.tower.device()));
+        let gif = gif.transpose()?.map(Arc::new);
+        let per_epoch = rows.trained.div_ceil(plan.batch);
+        let total = per_epoch * plan.epochs;
+        let mut order = (usize::MAX, Vec::new());
+        loop {
+            let (epoch, within) = (state.steps.len() / per_epoch, state.steps.len() % per_epoch);
+            if within == 0 && state.epochs.len() <= epoch {
+                self.end_epoch(&mut state, rows, gif.as_ref(), epoch, per_epoch, told)?;
+                state.write(&path)?;
+            }
+            let worse = state.epochs.len().saturating_sub(1 + state.best_epoch);
+            if within == 0 && (epoch == plan.epochs || plan.patience.is_some_and(|most| worse >= most)) {
+                return Ok(state);
+            }
+            if order.0 != epoch {
+                order = (epoch, epoch_order(rows.trained, plan.seed, epoch));
+            }
+            let part: Vec<usize> =
+                order.1.iter().copied().skip(within * plan.batch).take(plan.batch).collect();
+            let defense = self.defense(&state.anchor, gif.as_ref())?;
+            let found = self.loss(rows, &part, &defense, epoch, true)?;
+            let rate = plan.schedule.factor(state.steps.len(), total);
+            plan.optimizer.step(&mut state.anchor, &found.gradient, &mut state.moments, rate);
+            state.steps.push(Step { epoch: epoch + 1, loss: found.measured.loss });
+            if state.anchor.iter().any(|value| !value.is_finite()) {
+                return Err(Error::argument(
+                    "learning rate",
+                    "one that the anchor survives",
+                    format!("numbers that are not finite after step {}", state.steps.len()),
+                ));
+            }
+            let so_far = &state.steps[epoch * per_epoch..];
+            told(&Progress {
+                now: format!("epoch {} of {}", epoch + 1, plan.epochs),
+                done: state.steps.len() * plan.batch,
+                of: total * plan.batch,
+                loss: Some(so_far.iter().map(|step| step.loss).sum::<f64>() / so_far.len() as f64),
+            });
+            if state.steps.len().is_multiple_of(self.save_every.max(1)) {
+                state.write(&path)?;
+            }
+        }
+    }
+
+    /// Measures the held-out pictures, and keeps the anchor if it is the best.
+    fn end_epoch(
+        &self,
+        state: &mut State,
+        rows: &Rows,
+        gif: Option<&Arc<Gif>>,
+        epoch: usize,
+        per_epoch: usize,
+        told: &mut dyn FnMut(&Progress),
+    ) -> Result<()> {
+        let defense = self.defense(&state.anchor, gif)?;
+        let held_out: Vec<usize> = (rows.trained..rows.labels.len()).collect();
+        let mut sum = Measured::default();
+        for part in held_out.chunks(self.plan.batch) {
+            // The same starts after every epoch, so that epochs can be compared.
+            let found = self.loss(rows, part, &defense, usize::MAX - 1, false)?;
+            sum.add(&found.measured, part.len());
+            let done = part[0] + part.len() - rows.trained;
+            told(&Progress { now: "held-out pictures".into(), done, of: held_out.len(), loss: None });
+        }
+        let measured = (!held_out.is_empty()).then(|| sum.over(held_out.len()));
+        let last = &state.steps[state.steps.len().saturating_sub(per_epoch)..];
+        let train = (epoch > 0).then(|| Measured {
+            loss: last.iter().map(|step| step.loss).sum::<f64>() / last.len().max(1) as f64,
+            clean: None,
+            adversarial: None,
+        });
+        let lowest = state.epochs.iter().filter_map(|epoch| epoch.held_out.as_ref().map(|m| m.loss));
+        let best = lowest.fold(f64::INFINITY, f64::min);
+        if measured.as_ref().is_none_or(|m| m.loss < best) {
+            state.best = state.anchor.clone();
+            state.best_epoch = epoch;
+        }
+        state.epochs.push(Epoch { epoch, train, held_out: measured });
+        Ok(())
+    }
+
+    /// The loss of these rows, means over them, and its gradient at the anchor if asked for.
+    fn loss(
+        &self,
+        rows: &Rows,
+        part: &[usize],
+        defense: &Defense,
+        round: usize,
+        gradient: bool,
+    ) -> Result<LossAndGradient> {
+        let tower = self.tower.with(defense.inserts());
+        let clean = self.pixels(&rows.clean, part)?;
+        let examples = self.examples(rows, part, &clean, defense, round)?;
+        let labels: Vec<usize> = part.iter().map(|&row| rows.labels[row]).collect();
+        let share = self.plan.clean;
+        let mut kinds = vec![(&examples, 1.0 - share)];
+        // In training the clean pictures cost a pass of their own; held-out figures show them.
+        if share > 0.0 || !gradient {
+            kinds.push((&clean, share));
+        }
+        let mut sum = vec![0f32; if gradient { self.initial.elem_count() } else { 0 }];
+        let mut loss = 0.0;
+        let mut right = [None, None];
+        for (i, (pixels, weight)) in kinds.into_iter().enumerate() {
+            let found =
+                self.goal.loss_and_gradient(self.tower, &tower, pixels, &clean, &labels, weight, gradient)?;
+            loss += weight * found.loss / part.len() as f64;
+            right[i] = found.right.map(|right| right as f64);
+            for (sum, value) in sum.iter_mut().zip(&found.gradient) {
+                *sum += value;
+            }
+        }
+        let percent = |right: Option<f64>| right.map(|right| 100.0 * right / part.len() as f64);
+        Ok(LossAndGradient {
+            measured: Measured { loss, adversarial: percent(right[0]), clean: percent(right[1]) },
+            gradient: sum,
+        })
+    }
+}
+
+/// How far a tower's features are from those of the undefended tower on the clean picture: means
+/// of |f - f0|^2 / |f0|^2.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Distances {
+    /// On the clean pictures.
+    pub clean: f64,
+    /// On pictures crafted on the undefended tower.
+    pub transfer: f64,
+    /// On pictures crafted on the tower itself.
+    pub adaptive: f64,
+}
+
+impl Training<'_> {
+    /// What `defense` comes to on the held-out pictures of the training in `folder`, where the goal
+    /// is features. Pictures are crafted anew.
+    ///
+    /// # Errors
+    /// If there is no such training, it has no held-out pictures, or the model fails.
+    pub fn distances(
+        &self,
+        folder: &Path,
+        defense: &Defense,
+        told: &mut dyn FnMut(&Progress),
+    ) -> Result<Distances> {
+        let rows = self.prepare(folder, told)?;
+        let held_out: Vec<usize> = (rows.trained..rows.labels.len()).collect();
+        if held_out.is_empty() {
+            return Err(Error::argument("held-out pictures", "at least one", 0));
+        }
+        let tower = self.tower.with(defense.inserts());
+        let attacked = self.craft.unwrap_or(self.tower);
+        // Drawn apart from those of the training.
+        let seed = self.plan.seed.wrapping_sub(1);
+        let mut sums = [0.0; 3];
+        for part in held_out.chunks(self.plan.batch) {
+            let clean = self.pixels(&rows.clean, part)?;
+            let undefended = Subject::undefended(&self.model);
+            let transfer = self.craft(attacked, undefended, &clean, &rows, part, seed)?;
+            let subject = Subject::new(&self.model, defense)?;
+            let with = attacked.with(defense.inserts());
+            let adaptive = self.craft(&with, subject, &clean, &rows, part, seed)?;
+            let labels = vec![0; part.len()];
+            for (sum, pixels) in sums.iter_mut().zip([&clean, &transfer, &adaptive]) {
+                let found =
+                    self.goal.loss_and_gradient(self.tower, &tower, pixels, &clean, &labels, 1.0, false)?;
+                *sum += found.loss;
+            }
+            let done = part[0] + part.len() - rows.trained;
+            told(&Progress { now: "validation".into(), done, of: held_out.len(), loss: None });
+        }
+        let [clean, transfer, adaptive] = sums.map(|sum| sum / held_out.len() as f64);
+        Ok(Distances { clean, transfer, adaptive })
+    }
+}
+
+struct LossAndGradient {
+    measured: Measured,
+    gradient: Vec<f32>,
+}
+
+/// The order of `n` pictures in an epoch: a shuffle by ChaCha8, the same on every platform.
+pub fn epoch_order(n: usize, seed: u64, epoch: usize) -> Vec<usize> {
+    let mut rng = picture_rng(seed, epoch as u64, 0, "the order of an epoch");
+    let mut order: Vec<usize> = (0..n).collect();
+    for i in 0..n {
+        let left = (n - i) as u128;
+        let pick = ((u128::from(rng.next_u64()) * left) >> 64) as usize;
+        order.swap(i, i + pick);
+    }
+    order
+}
+
+fn digest(tensor: &Tensor) -> Result<String> {
+    use sha2::{Digest, Sha256};
+    let mut hash = Sha256::new();
+    for value in tensor.flatten_all()?.to_vec1::<f32>()? {
+        hash.update(value.to_le_bytes());
+    }
+    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
