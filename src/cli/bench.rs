@@ -1,4 +1,4 @@
-//! `radapt bench attack`
+//! `radapt bench attack | anchor`
 
 use std::process::{Command as Process, ExitCode, Stdio};
 use std::sync::Arc;
@@ -7,13 +7,18 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use candle_core::{Device, Tensor};
 use clap::{Args, Subcommand, ValueEnum};
-use radapt::attack::{picture_rng, uniform};
+use radapt::attack::{Eps, Settings, picture_rng, uniform};
+use radapt::data::LabelledSet;
 use radapt::defense::acquire::training_free;
 use radapt::defense::{Defense, Fra, Gif, TRAINING_FREE_MIX, default_cutoff};
+use radapt::image::{Contract, DecodeLimits, Preprocess};
 use radapt::model::{Lookup, Model};
+use radapt::pocket::Split;
+use radapt::text::ZeroShotHead;
 use radapt::tower::clip::{Clip, ClipConfig};
 use radapt::tower::weights::Weights;
 use radapt::tower::{Cotangent, Precision, VisionTower, Want, Wrt};
+use radapt::train::{Goal, Plan, Training, TrainingSet};
 use radapt::{Error, Result};
 use serde_json::{Value, json};
 
@@ -30,6 +35,8 @@ pub struct Bench {
 enum Command {
     /// Time the attack step, forward and gradient at the pixels, on this CPU
     Attack(Attack),
+    /// Time a step of R-Adapt+, forward and gradient at the anchor of a batch, on this CPU
+    Anchor(Anchor),
 }
 
 /// Each case runs in a process of its own, so that its peak memory is its own.
@@ -147,6 +154,7 @@ impl Bench {
         match self.command {
             Command::Attack(attack) if attack.here => attack.here(global),
             Command::Attack(attack) => attack.run(global),
+            Command::Anchor(anchor) => anchor.run(global),
         }
     }
 }
@@ -314,6 +322,125 @@ impl Attack {
                 Ok(start.elapsed().as_secs_f64() * 1e3)
             })
             .collect()
+    }
+}
+
+/// One epoch on pictures that nothing attacks: what a training does but for the crafting.
+#[derive(Args)]
+struct Anchor {
+    /// A tower of this shape with random weights
+    #[arg(long, value_name = "SHAPE", default_value = "vit-b-16-224", conflicts_with = "model")]
+    shape: OneShape,
+    /// The tower of a model instead: a folder, a Hub id or a built-in one
+    #[arg(long, value_name = "MODEL")]
+    model: Option<String>,
+    /// Pictures in the epoch
+    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u64).range(2..))]
+    n: u64,
+    /// Pictures in a step
+    #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u16).range(1..))]
+    batch: u16,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum OneShape {
+    #[value(name = "vit-b-16-224")]
+    VitB16,
+    #[value(name = "vit-l-14-336")]
+    VitL14,
+}
+
+impl Anchor {
+    fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
+        let attack = Attack {
+            shape: match self.shape {
+                OneShape::VitB16 => Shapes::VitB16,
+                OneShape::VitL14 => Shapes::VitL14,
+            },
+            model: self.model.clone(),
+            batch: Vec::new(),
+            dtype: Vec::new(),
+            repeats: 1,
+            defended: false,
+            here: true,
+        };
+        let shape = self.model.as_deref().unwrap_or(attack.shape.name()).to_string();
+        let batch = usize::from(self.batch);
+        if self.n <= u64::from(self.batch) {
+            return Err(argument("--n", "more pictures than are in a step", &self.n.to_string()).into());
+        }
+        let (config, tower) = attack.tower(global)?;
+        let tower = tower.packed(Precision::F32)?;
+        let side = u32::try_from(config.image_size)?;
+        let set = LabelledSet::pocket(Split::Train, 0, self.n, 96)?;
+        let preprocess = Preprocess::clip(side, Contract::Squash);
+        let width = tower.spec().projection.context("a tower with a projection")?;
+        let classes = set.classes().to_vec();
+        let mut rng = picture_rng(global.seed, 0, 0, "bench head");
+        let weights = uniform(&mut rng, classes.len() * width);
+        let weights = Tensor::from_vec(weights, (classes.len(), width), &Device::Cpu)?;
+        let length = weights.sqr()?.sum_keepdim(1)?.sqrt()?;
+        let head = ZeroShotHead { classes, weights: weights.broadcast_div(&length)?, logit_scale: 100.0 };
+        let training = Training {
+            plan: Plan {
+                eps: Eps::of_255(0),
+                epochs: 1,
+                batch,
+                settings: Settings { steps: Some(0), ..Settings::default() },
+                ..Plan::paper(default_cutoff(config.image_size))
+            },
+            tower: &tower,
+            craft: None,
+            model: shape.clone(),
+            goal: Goal::CrossEntropy { head: &head },
+            initial: training_free(&tower)?,
+            data: TrainingSet {
+                set: &set,
+                held_out: None,
+                limits: DecodeLimits::default(),
+                preprocess: &preprocess,
+            },
+            save_every: usize::MAX,
+        };
+        let folder = tempfile::tempdir()?;
+        let mut at = Vec::new();
+        let bar = global.bar("", 0);
+        training.run(folder.path(), training.decides(json!({}))?, false, &mut |done| {
+            bar.set_length(done.of as u64);
+            bar.set_position(done.done as u64);
+            bar.set_message(done.now.clone());
+            if done.loss.is_some() {
+                at.push(Instant::now());
+            }
+        })?;
+        bar.finish_and_clear();
+        // The last step may be of fewer pictures, the first is timed by none.
+        let whole = self.n as usize / batch;
+        let mut times: Vec<f64> =
+            at[..whole].windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3).collect();
+        if times.is_empty() {
+            return Err(argument("--n", "at least two whole steps", &self.n.to_string()).into());
+        }
+        times.sort_by(f64::total_cmp);
+        let median = (times[(times.len() - 1) / 2] + times[times.len() / 2]) / 2.0;
+        let row = json!({
+            "name": "anchor step",
+            "shape": shape,
+            "dtype": "f32",
+            "batch": batch,
+            "median_ms": median,
+            "min_ms": times[0],
+            "images_per_second": batch as f64 / median * 1e3,
+            "gflops": 2.0 * work(&config, batch) / median / 1e6,
+            "peak_rss_mb": peak_rss()?,
+        });
+        let text = format!(
+            "{shape}, batch {batch}: {median:.1} ms a step, {:.1} pictures a second, peak {:.0} MB",
+            batch as f64 / median * 1e3,
+            peak_rss()?
+        );
+        print(global, json!({ "rows": [row] }), &text)?;
+        Ok(ExitCode::SUCCESS)
     }
 }
 
