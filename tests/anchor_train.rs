@@ -69,6 +69,7 @@ impl Tiny {
                 preprocess: &self.preprocess,
             },
             save_every: 5,
+            pictures: None,
         }
     }
 }

@@ -25,30 +25,33 @@ use super::options::{DataFlags, ModelOptions, PictureLimits, argument};
 use super::row_table::row_table;
 use super::{Global, print};
 
-#[derive(Args)]
+#[derive(Args, Clone)]
 pub struct Train {
     #[command(flatten)]
-    model: ModelOptions,
+    pub model: ModelOptions,
     /// Where to write the anchor
     #[arg(long, value_name = "FILE")]
-    out: PathBuf,
+    pub out: PathBuf,
     /// The training's folder: pictures, state, losses and validation; FILE.training where not given
     #[arg(long, value_name = "DIR")]
     work: Option<PathBuf>,
     /// Go on with the training in its folder, if there is one
     #[arg(long)]
-    resume: bool,
+    pub resume: bool,
+    /// A folder for the prepared and crafted pictures, to be shared by trainings on the same
+    #[arg(long, value_name = "DIR")]
+    pub share: Option<PathBuf>,
     #[command(flatten)]
-    pictures: TrainingPictures,
+    pub pictures: TrainingPictures,
     #[command(flatten)]
-    recipe: Recipe,
+    pub recipe: Recipe,
     /// Another anchor to begin with, a file or a built-in one; the tower's own on a white picture
     /// where not given
     #[arg(long, value_name = "ANCHOR")]
     initial: Option<PathBuf>,
     /// The attack of the validation at the end, or none
     #[arg(long, value_name = "ATTACK", default_value = "apgd-ce")]
-    validation_attack: String,
+    pub validation_attack: String,
     /// Steps between two states on disk; the anchor does not depend on it
     #[arg(long, value_name = "STEPS", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..))]
     save_every: u64,
@@ -65,7 +68,7 @@ pub struct TrainingPictures {
     data: String,
     /// Pictures to train on, a seeded sample
     #[arg(long, value_name = "N", default_value_t = 2000, value_parser = clap::value_parser!(u64).range(1..))]
-    n: u64,
+    pub n: u64,
     /// Other pictures of the same data that choose the best epoch and validate; 0 for none
     #[arg(long, value_name = "N", default_value_t = 200)]
     held_out: u64,
@@ -242,6 +245,14 @@ struct Ground {
 
 impl Train {
     pub fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
+        let (json, failed) = self.train(global)?;
+        print(global, json, &self.out.display().to_string())?;
+        Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    }
+
+    /// Trains and writes the anchor. What there is to say of it, and whether a picture could not be
+    /// read.
+    pub fn train(&self, global: &Global) -> anyhow::Result<(Value, bool)> {
         let spinner = global.spinner("loading the model");
         let ground = self.ground(global.seed)?;
         spinner.finish_and_clear();
@@ -281,6 +292,7 @@ impl Train {
                 preprocess: &ground.preprocess,
             },
             save_every: self.save_every as usize,
+            pictures: self.share.clone(),
         };
         let work = self.work.clone().unwrap_or_else(|| {
             let mut name = self.out.clone().into_os_string();
@@ -380,8 +392,7 @@ impl Train {
         let defects =
             trained.defects.iter().map(|defect| json!({ "id": defect.id, "reason": defect.reason }));
         json.insert("failed".into(), defects.collect());
-        print(global, Value::Object(json), &self.out.display().to_string())?;
-        Ok(if trained.defects.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        Ok((Value::Object(json), !trained.defects.is_empty()))
     }
 
     fn ground(&self, seed: u64) -> anyhow::Result<Ground> {

@@ -53,6 +53,8 @@ impl AttackCommand {
             ablate: false,
             undefended: false,
             save: true,
+            others: Vec::new(),
+            flagged: true,
         };
         self.flags.run(global, &what)
     }

@@ -401,6 +401,7 @@ impl Anchor {
                 preprocess: &preprocess,
             },
             save_every: usize::MAX,
+            pictures: None,
         };
         let folder = tempfile::tempdir()?;
         let mut at = Vec::new();

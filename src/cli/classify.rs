@@ -24,14 +24,14 @@ use super::row_table::row_table;
 use super::{Global, print};
 
 /// Flags of every classification run.
-#[derive(Args)]
+#[derive(Args, Clone)]
 pub struct RunFlags {
     #[command(flatten)]
-    model: ModelOptions,
+    pub model: ModelOptions,
     #[command(flatten)]
     data: DataFlags,
     #[command(flatten)]
-    defense: DefenseFlags,
+    pub defense: DefenseFlags,
     /// Another model to craft transfer pictures on, undefended; the model itself where not given
     #[arg(long, value_name = "MODEL")]
     surrogate: Option<String>,
@@ -59,13 +59,13 @@ pub struct RunFlags {
     early_stop: bool,
     /// The run's folder
     #[arg(long, value_name = "RUN")]
-    out: PathBuf,
+    pub out: PathBuf,
     /// Go on with the run in --out, if there is one
     #[arg(long)]
-    resume: bool,
+    pub resume: bool,
     /// Work on shard I of N alone, to be put together with `radapt eval merge`
     #[arg(long, value_name = "I/N", value_parser = parse_shard)]
-    shard: Option<(usize, usize)>,
+    pub shard: Option<(usize, usize)>,
     /// Pictures worked on together: what a kill loses. The figures do not depend on it
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..))]
     batch: u64,
@@ -92,6 +92,10 @@ pub struct What {
     pub undefended: bool,
     /// Write the pictures.
     pub save: bool,
+    /// Other defences to score, by the name they have in figures.
+    pub others: Vec<(String, DefenseOptions)>,
+    /// Whether the defence of the flags is scored as well.
+    pub flagged: bool,
 }
 
 impl RunFlags {
@@ -112,7 +116,7 @@ impl RunFlags {
         Ok(if summary.failed > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS })
     }
 
-    fn summary(&self, global: &Global, what: &What) -> anyhow::Result<Summary> {
+    pub fn summary(&self, global: &Global, what: &What) -> anyhow::Result<Summary> {
         let device = self.model.device()?;
         let options = ModelOptions { model: with_text(&self.model.model), ..self.model.clone() };
         let model = options.find()?;
@@ -149,8 +153,14 @@ impl RunFlags {
             defenses.push(("gif".into(), DefenseOptions { no_fra: true, ..plain }));
             defenses.push(("fra".into(), DefenseOptions { no_gif: true, cutoff: None, ..asked.clone() }));
         }
-        if full_name != "none" {
+        if full_name != "none" && what.flagged {
             defenses.push((full_name, asked));
+        }
+        defenses.extend(what.others.iter().cloned());
+        for (i, (name, _)) in defenses.iter().enumerate() {
+            if defenses.iter().take(i).any(|(other, _)| other == name) {
+                return Err(argument("--also", "anchors that are called by different names", name).into());
+            }
         }
         let mut models = Vec::new();
         for (name, options) in defenses {

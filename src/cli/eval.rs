@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
 use radapt::attack::{Eps, ThreatChoice};
+use radapt::defense::{AnchorChoice, DefenseOptions};
 use radapt::eval::classify::summarise;
 use radapt::eval::run::merge;
 use serde_json::to_value;
@@ -24,6 +25,8 @@ pub struct Eval {
 enum EvalCommand {
     /// Zero-shot classification, clean and attacked, undefended and defended
     Classify(Box<ClassifyCommand>),
+    /// Figures along the defence's parameters: alpha, beta, cutoff, training pictures and epochs
+    Sweep(Box<super::eval_sweep::SweepCommand>),
     /// Put the shards of a run together
     Merge(Merge),
     /// Make a report of runs: Markdown, CSV or a page with plots
@@ -34,6 +37,7 @@ impl Eval {
     pub fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
         match self.command {
             EvalCommand::Classify(command) => command.run(global),
+            EvalCommand::Sweep(command) => command.run(global),
             EvalCommand::Merge(command) => command.run(global),
             EvalCommand::Report(command) => command.run(global),
         }
@@ -57,6 +61,10 @@ pub struct ClassifyCommand {
     /// Leave the undefended model out
     #[arg(long, conflicts_with = "ablate")]
     defended_only: bool,
+    /// Anchors to score beside it, each with what it recommends and under its file's name; transfer
+    /// pictures are crafted once for all of them
+    #[arg(long, value_name = "ANCHOR,...", value_delimiter = ',')]
+    also: Vec<PathBuf>,
     /// Write the adversarial pictures as PNG into the run's folder
     #[arg(long)]
     save_pictures: bool,
@@ -77,6 +85,20 @@ impl ClassifyCommand {
             ablate: self.ablate,
             undefended: !self.defended_only,
             save: self.save_pictures,
+            others: self
+                .also
+                .iter()
+                .map(|anchor| {
+                    let name =
+                        anchor.file_stem().map_or("none".into(), |stem| stem.to_string_lossy().into_owned());
+                    let options = DefenseOptions {
+                        anchor: AnchorChoice::File(anchor.clone()),
+                        ..DefenseOptions::default()
+                    };
+                    (name, options)
+                })
+                .collect(),
+            flagged: true,
         };
         self.flags.run(global, &what)
     }

@@ -14,6 +14,7 @@ mod classify;
 mod demo;
 mod eval;
 mod eval_report;
+mod eval_sweep;
 mod options;
 mod pocket;
 mod pocket_score;

@@ -167,7 +167,7 @@ impl DataFlags {
 pub struct DefenseFlags {
     /// An anchor file, a built-in anchor's name, training-free, or none for the undefended model
     #[arg(long, value_name = "ANCHOR", default_value = "training-free")]
-    anchor: String,
+    pub anchor: String,
     /// The anchor's factor, instead of the anchor's own
     #[arg(long, value_name = "NUMBER", allow_negative_numbers = true)]
     alpha: Option<f64>,

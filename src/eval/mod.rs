@@ -5,6 +5,7 @@ pub mod report;
 mod row;
 pub mod run;
 mod summary;
+pub mod sweep;
 
 pub use row::{Attacked, Precision, Row, wilson};
 pub use summary::Summary;

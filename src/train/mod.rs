@@ -14,7 +14,7 @@ mod state;
 mod store;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
@@ -163,6 +163,9 @@ pub struct Training<'a> {
     pub data: TrainingSet<'a>,
     /// Steps between two states on disk: what a kill loses. The anchor does not depend on it.
     pub save_every: usize,
+    /// A folder for the prepared and crafted pictures, which trainings share that differ in neither;
+    /// the training's own where not given.
+    pub pictures: Option<PathBuf>,
 }
 
 /// How far a training is.
@@ -316,8 +319,8 @@ impl Training<'_> {
             return Err(Error::argument("data", expected, self.data.set.classes().len()));
         }
         self.goal.check(&self.plan, self.tower)?;
-        let _lock = claim(folder, &Manifest::new(decides, None, self.items()), resume)?;
-        let rows = self.prepare(folder, told)?;
+        let _lock = claim(folder, &Manifest::new(decides.clone(), None, self.items()), resume)?;
+        let rows = self.rows(folder, &decides, told)?;
         let state = self.optimise(folder, &rows, told)?;
         let spec = self.tower.spec();
         let held_out = rows.trained < rows.labels.len();
@@ -332,6 +335,24 @@ impl Training<'_> {
             pictures: rows.trained,
             defects: rows.defects,
         })
+    }
+
+    /// The pictures, in this training's folder or the one it shares.
+    fn rows(&self, folder: &Path, decides: &Value, told: &mut dyn FnMut(&Progress)) -> Result<Rows> {
+        let Some(shared) = &self.pictures else {
+            return self.prepare(folder, told);
+        };
+        let mut decides = decides.clone();
+        if let Some(fields) = decides.as_object_mut() {
+            fields.remove("initial");
+            let plan = &self.plan;
+            let crafted = (plan.examples == Examples::Static).then(|| {
+                json!({ "attack": plan.attack, "eps": plan.eps, "settings": plan.settings, "seed": plan.seed })
+            });
+            fields.insert("plan".into(), json!({ "crafted": crafted }));
+        }
+        let _lock = claim(shared, &Manifest::new(decides, None, self.items()), true)?;
+        self.prepare(shared, told)
     }
 
     fn items(&self) -> usize {
@@ -643,7 +664,7 @@ impl Training<'_> {
         defense: &Defense,
         told: &mut dyn FnMut(&Progress),
     ) -> Result<Distances> {
-        let rows = self.prepare(folder, told)?;
+        let rows = self.prepare(self.pictures.as_deref().unwrap_or(folder), told)?;
         let held_out: Vec<usize> = (rows.trained..rows.labels.len()).collect();
         if held_out.is_empty() {
             return Err(Error::argument("held-out pictures", "at least one", 0));
