@@ -1,4 +1,4 @@
-//! `radapt anchor extract | show | check`
+//! `radapt anchor extract | show | check | export`
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -29,6 +29,8 @@ enum Command {
     },
     /// Say whether an anchor fits a model
     Check(Check),
+    /// Take an anchor to another program: the anchor and a Python file that hooks it in
+    Export(super::anchor_export::Export),
 }
 
 #[derive(Args)]
@@ -70,6 +72,7 @@ impl Anchor {
                 Ok(ExitCode::SUCCESS)
             }
             Command::Check(check) => check.run(global),
+            Command::Export(export) => export.run(global),
         }
     }
 }

@@ -4,6 +4,7 @@
 //! command was used wrongly.
 
 mod anchor;
+mod anchor_export;
 mod attack;
 mod bench;
 #[cfg(feature = "engine")]
@@ -13,6 +14,7 @@ mod classify;
 mod demo;
 mod eval;
 mod eval_report;
+mod features;
 mod options;
 mod pocket;
 mod pocket_score;
@@ -72,6 +74,8 @@ enum Command {
     Serve(serve::Serve),
     /// Make, show and check robustness anchors
     Anchor(anchor::Anchor),
+    /// Write a vision tower's features of pictures to a file
+    Features(Box<features::Features>),
     Attack(Box<attack::AttackCommand>),
     Eval(eval::Eval),
     /// Measure how fast this machine is
@@ -100,6 +104,7 @@ pub fn main() -> ExitCode {
         #[cfg(feature = "engine")]
         Command::Serve(serve) => serve.run(&cli.global),
         Command::Anchor(anchor) => anchor.run(&cli.global),
+        Command::Features(features) => features.run(&cli.global),
         Command::Attack(attack) => attack.run(&cli.global),
         Command::Eval(eval) => eval.run(&cli.global),
         Command::Bench(bench) => bench.run(&cli.global),
