@@ -6,8 +6,8 @@
     python examples/vllm_llava.py --model llava-hf/llava-1.5-7b-hf picture.jpg "What is in the image?"
     VLLM_PLUGINS="" python examples/vllm_llava.py ...      # the same undefended
 
-NOT RUN inside a vLLM engine: written against the source of vLLM 0.33.0, the plugin checked on
-modules of the same layout and call signatures (tests/anchor_export.rs).
+NOT RUN: this script needs a vLLM engine, and none was at hand. The plugin was checked in vLLM 0.33.0
+on a CPU up to the vision tower's features (check_export_vllm.py).
 """
 
 import argparse

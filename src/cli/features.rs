@@ -16,11 +16,14 @@ use serde_json::json;
 use super::options::{DefenseFlags, ModelOptions, PictureLimits};
 use super::{Global, print};
 
-/// The file holds, in f32: `pixels` (B, 3, H, W) in [0, 1] as they were prepared, before the filter;
-/// `block.K` (B, N, D), the hidden state after block K, 0 being the input of block 1; `pooled` (B, D);
-/// and `embeds` (B, P) where the model has a projection. Its metadata has one key, `radapt.features`,
-/// a JSON object.
+/// What the file holds, for `--help`.
+const FILE: &str = "The file holds, in f32: `pixels` (B, 3, H, W) in [0, 1] as they were prepared, before \
+    the filter; `block.K` (B, N, D), the hidden state after block K, 0 being the input of block 1; `pooled` \
+    (B, D); and `embeds` (B, P) where the model has a projection. Its metadata has one key, \
+    `radapt.features`, a JSON object that says how they came about.";
+
 #[derive(Args)]
+#[command(after_help = FILE)]
 pub struct Features {
     /// The pictures
     #[arg(value_name = "IMAGE", required = true)]

@@ -205,7 +205,9 @@ def layer(name, module):
 
 def only_tower(model, is_tower, kind):
     """The one module of `model` that is a tower."""
-    found = [(name, module) for name, module in model.named_modules() if is_tower(module)]
+    compiled = lambda module: type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None)
+    # torch.compile's wrapper answers for what it wraps.
+    found = [(name, m) for name, m in model.named_modules() if type(m).__name__ != "OptimizedModule" and is_tower(m)]
     if len(found) != 1:
         names = ", ".join(name or "the model itself" for name, _ in found) or "none"
         raise ValueError(f"expected one {kind} in {type(model).__name__}, found: {names}")
@@ -213,7 +215,7 @@ def only_tower(model, is_tower, kind):
     above = [module for name, module in model.named_modules() if f"{path}.".startswith(f"{name}.") or not name]
     for module in [*above, *tower.modules()]:
         # What is compiled does not look for new hooks.
-        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None):
+        if compiled(module):
             raise ValueError(f"{type(module).__name__} is compiled already: attach before torch.compile")
     return tower
 

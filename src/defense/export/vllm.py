@@ -11,9 +11,9 @@ on for every such model of this Python environment; `VLLM_PLUGINS=""` leaves it 
 Environment variables, read in each worker: RADAPT_ANCHOR (a file instead of the one that came
 along), RADAPT_ALPHA, RADAPT_BETA, RADAPT_CUTOFF, RADAPT_ALLOW_MISMATCH=1.
 
-Written against the source of vLLM 0.33.0 (models/clip.py, models/llava.py, models/registry.py,
-plugins/__init__.py). Not run inside a vLLM engine: the hooks were checked on modules of the same
-layout and call signatures. Paper: R-Adapt, arXiv 2603.12799.
+Written against vLLM 0.33.0 and checked there on a CPU up to the vision tower's features, through
+its registry and model loader. Not run: a whole engine, a GPU, tensor parallelism, other versions.
+Paper: R-Adapt, arXiv 2603.12799.
 """
 
 import importlib
