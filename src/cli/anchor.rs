@@ -31,6 +31,8 @@ enum Command {
     },
     /// Say whether an anchor fits a model
     Check(Check),
+    /// Take an anchor to another program: the anchor and a Python file that hooks it in
+    Export(super::anchor_export::Export),
 }
 
 #[derive(Args)]
@@ -73,6 +75,7 @@ impl Anchor {
                 Ok(ExitCode::SUCCESS)
             }
             Command::Check(check) => check.run(global),
+            Command::Export(export) => export.run(global),
         }
     }
 }

@@ -4,6 +4,7 @@
 //! command was used wrongly.
 
 mod anchor;
+mod anchor_export;
 mod anchor_train;
 mod attack;
 mod bench;
@@ -15,6 +16,7 @@ mod demo;
 mod eval;
 mod eval_report;
 mod eval_sweep;
+mod features;
 mod options;
 mod pocket;
 mod pocket_score;
@@ -74,6 +76,8 @@ enum Command {
     Serve(serve::Serve),
     /// Make, show and check robustness anchors
     Anchor(anchor::Anchor),
+    /// Write a vision tower's features of pictures to a file
+    Features(Box<features::Features>),
     Attack(Box<attack::AttackCommand>),
     Eval(eval::Eval),
     /// Measure how fast this machine is
@@ -102,6 +106,7 @@ pub fn main() -> ExitCode {
         #[cfg(feature = "engine")]
         Command::Serve(serve) => serve.run(&cli.global),
         Command::Anchor(anchor) => anchor.run(&cli.global),
+        Command::Features(features) => features.run(&cli.global),
         Command::Attack(attack) => attack.run(&cli.global),
         Command::Eval(eval) => eval.run(&cli.global),
         Command::Bench(bench) => bench.run(&cli.global),

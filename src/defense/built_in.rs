@@ -12,6 +12,11 @@ pub fn names() -> impl Iterator<Item = &'static str> {
     ANCHORS.iter().map(|(name, _)| *name)
 }
 
+/// The file of the built-in anchor `name`, `None` where there is none of that name.
+pub fn bytes(name: &str) -> Option<&'static [u8]> {
+    ANCHORS.iter().find(|(built_in, _)| *built_in == name).map(|(_, bytes)| *bytes)
+}
+
 /// The built-in anchor `name`.
 ///
 /// # Errors

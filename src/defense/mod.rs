@@ -6,6 +6,7 @@
 pub mod acquire;
 pub mod anchor;
 pub mod built_in;
+pub mod export;
 mod fra;
 mod gif;
 
