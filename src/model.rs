@@ -113,6 +113,13 @@ impl Model {
         })
     }
 
+    /// The commit of a snapshot from the Hub, which names the folder it lies in; `None` of others.
+    pub fn commit(&self) -> Option<String> {
+        let snapshots = self.folder.parent()?.file_name()? == "snapshots";
+        let name = self.folder.file_name()?.to_str()?;
+        (snapshots && !Path::new(&self.name).is_dir()).then(|| name.to_string())
+    }
+
     /// The path of one of its files.
     pub fn file(&self, name: &str) -> PathBuf {
         self.folder.join(name)

@@ -508,8 +508,7 @@ impl Machine<'_> {
     fn line(&mut self) -> Step<String> {
         let mut line = Vec::new();
         let most = MAX_TEXT.min(self.end.saturating_sub(self.at));
-        let count =
-            (&mut *self.file).take(most).read_until(b'\n', &mut line).map_err(|e| e.to_string())?;
+        let count = (&mut *self.file).take(most).read_until(b'\n', &mut line).map_err(|e| e.to_string())?;
         self.at += count as u64;
         if line.pop() != Some(b'\n') {
             return Err(if count as u64 == MAX_TEXT { "a line is too long".into() } else { self.ends() });

@@ -4,6 +4,7 @@
 //! command was used wrongly.
 
 mod anchor;
+mod anchor_guide;
 mod attack;
 mod bench;
 #[cfg(feature = "engine")]

@@ -212,8 +212,7 @@ impl Clip {
         let side = config.image_size / p;
         let tokens = side * side + 1;
         let norm = |name: &str| stem::norm(weights, name, d, config.layer_norm_eps);
-        let linear =
-            |name: &str, rows: usize, columns: usize| stem::linear(weights, name, rows, columns);
+        let linear = |name: &str, rows: usize, columns: usize| stem::linear(weights, name, rows, columns);
         let patches = weights.get("embeddings.patch_embedding.weight", &[d, 3, p, p])?;
         let device = patches.device().clone();
         let dtype = patches.dtype();

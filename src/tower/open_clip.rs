@@ -109,9 +109,15 @@ pub(crate) fn config(text: &str, file: &Path) -> Result<Value> {
     };
     let embedding = model.get("embed_dim").cloned().unwrap_or(Value::Null);
     const VISION: [&str; 8] = [
-        "layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size",
+        "layers",
+        "width",
+        "head_width",
+        "mlp_ratio",
+        "patch_size",
+        "image_size",
         // Of training.
-        "patch_dropout", "output_tokens",
+        "patch_dropout",
+        "output_tokens",
     ];
     if let Some(key) = other(&vision, &VISION) {
         let found = &vision[key];

@@ -95,11 +95,12 @@ impl<'a> VisionWeights<'a> {
     }
 
     /// The configuration as far as the shapes tell it: widths, picture, patches and blocks. They do
-    /// not tell the number of heads, nor the activation, which is left at CLIP's own.
+    /// not tell the number of heads, which is one per 64 channels as in every CLIP there is, nor the
+    /// activation, which is left at CLIP's own.
     ///
     /// # Errors
     /// If a tensor is missing, or shapes do not belong together.
-    pub fn config(&self, heads: usize) -> Result<ClipConfig> {
+    pub fn config(&self) -> Result<ClipConfig> {
         let label = self.checkpoint.label();
         let need = |name: &str| {
             self.shape(name).ok_or_else(|| {
@@ -127,14 +128,14 @@ impl<'a> VisionWeights<'a> {
             return Err(wrong("position embedding", &positions, &expected));
         }
         let inner = need("encoder.layers.0.mlp.fc1.weight")?;
-        let blocks = (0..).take_while(|i| {
-            self.shape(&format!("encoder.layers.{i}.layer_norm1.weight")).is_some()
-        });
+        let blocks =
+            (0..).take_while(|i| self.shape(&format!("encoder.layers.{i}.layer_norm1.weight")).is_some());
+        let heads = if hidden.is_multiple_of(64) { hidden / 64 } else { 1 };
         let config = ClipConfig {
             hidden_size: hidden,
             intermediate_size: inner.first().copied().unwrap_or(0),
             num_hidden_layers: blocks.count(),
-            num_attention_heads: heads,
+            num_attention_heads: heads.max(1),
             image_size: side * patch,
             patch_size: patch,
             ..Default::default()

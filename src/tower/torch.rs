@@ -258,8 +258,10 @@ fn legacy(mut file: BufReader<File>, length: u64) -> Step<(Pickle, Storages)> {
     let mut storages = Storages::new();
     for key in list {
         let key = keys.text(*key).ok_or("a storage's key is no text")?;
-        let kind = sizes.get(key).ok_or_else(|| format!("its storage `{}` belongs to nothing", brief(key)))?;
-        let size = entry_size(kind).ok_or_else(|| format!("its storage `{}` is a `{}`", brief(key), brief(kind)))?;
+        let kind =
+            sizes.get(key).ok_or_else(|| format!("its storage `{}` belongs to nothing", brief(key)))?;
+        let size =
+            entry_size(kind).ok_or_else(|| format!("its storage `{}` is a `{}`", brief(key), brief(kind)))?;
         let ends = || format!("ends within its storage `{}`", brief(key));
         let mut count = [0; 8];
         file.seek(SeekFrom::Start(at)).map_err(|e| e.to_string())?;
@@ -423,7 +425,9 @@ fn tensor(pickle: &Pickle, at: usize, storages: &Storages, length: u64) -> Step<
     let numbers = |at: usize, what: &str| -> Step<Vec<u64>> {
         let wrong = || format!("its {what} is not of whole numbers from zero");
         match &pickle.values[at] {
-            Value::Tuple(items) => items.iter().map(|at| number(*at)).collect::<Option<_>>().ok_or_else(wrong),
+            Value::Tuple(items) => {
+                items.iter().map(|at| number(*at)).collect::<Option<_>>().ok_or_else(wrong)
+            }
             _ => Err(wrong()),
         }
     };
@@ -433,7 +437,8 @@ fn tensor(pickle: &Pickle, at: usize, storages: &Storages, length: u64) -> Step<
         return Err(format!("has {} sides and {} strides", shape.len(), strides.len()));
     }
     let key = storage.key;
-    let &(start, end) = storages.get(key).ok_or_else(|| format!("its storage `{}` is missing", brief(key)))?;
+    let &(start, end) =
+        storages.get(key).ok_or_else(|| format!("its storage `{}` is missing", brief(key)))?;
     let size = dtype.size_in_bytes() as u64;
     let room = ((end - start) / size).min(storage.count);
     // The entry after the last one it has in its storage.

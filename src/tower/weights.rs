@@ -61,8 +61,7 @@ impl Checkpoint {
         } else {
             let index = path.join("model.safetensors.index.json");
             let names = NAMES.iter().map(|name| path.join(name));
-            let single =
-                names.into_iter().find(|file| file.is_file()).unwrap_or_else(|| path.join(NAMES[0]));
+            let single = names.into_iter().find(|file| file.is_file()).unwrap_or_else(|| path.join(NAMES[0]));
             if index.is_file() {
                 (path.to_path_buf(), index.clone(), shards(&index)?)
             } else {
