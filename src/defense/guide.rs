@@ -4,13 +4,13 @@ use std::path::Path;
 
 use candle_core::Device;
 
-use crate::Result;
 use crate::image::Preprocess;
 use crate::model::{Lookup, Model, digest};
 use crate::tower::TowerSpec;
 use crate::tower::clip::ClipConfig;
 use crate::tower::stem::{Stem, VisionWeights};
 use crate::tower::weights::Checkpoint;
+use crate::{Error, Result};
 
 /// What a file of weights may end with. A name with such an end is never taken for a Hub id.
 const ENDS: [&str; 5] = ["pt", "pth", "tar", "bin", "safetensors"];
@@ -48,6 +48,7 @@ impl Guide {
         let file = path.is_file()
             || !path.exists() && path.extension().is_some_and(|end| ENDS.iter().any(|known| end == *known));
         let (checkpoint, config, normal, revision) = if file {
+            std::fs::metadata(path).map_err(|e| Error::read(path, e))?;
             (Checkpoint::open(path)?, None, normal.clone(), None)
         } else {
             let model = Model::find(name, lookup)?;

@@ -102,11 +102,13 @@ impl<'a> VisionWeights<'a> {
     /// If a tensor is missing, or shapes do not belong together.
     pub fn config(&self) -> Result<ClipConfig> {
         let label = self.checkpoint.label();
-        let need = |name: &str| {
-            self.shape(name).ok_or_else(|| {
-                let (_, source) = self.place(name);
-                Error::MissingWeight { file: label.to_path_buf(), name: source.name().to_string() }
-            })
+        let need = |name: &str| match self.shape(name) {
+            Some(shape) => Ok(shape),
+            // Why there is none: it is missing, or no tensor.
+            None => Err(self
+                .get(name, &[])
+                .err()
+                .unwrap_or_else(|| Error::MissingWeight { file: label.to_path_buf(), name: name.into() })),
         };
         let wrong = |what: &str, shape: &[usize], expected: &str| {
             Error::config(label, format!("the {what} has shape {shape:?}, expected {expected}"))
@@ -163,9 +165,9 @@ fn none(checkpoint: &Checkpoint) -> Error {
     let reason = if has("attnpool.positional_embedding") {
         "its vision tower is a ResNet, expected a vision transformer with a class token"
     } else if has("token_embedding.weight") {
-        "no CLIP vision tower, only a text encoder: no weight is called `...class_embedding`"
+        "no CLIP vision tower, only a text encoder: no weight is called `...embeddings.class_embedding`, or `...class_embedding` as OpenCLIP's"
     } else {
-        "no CLIP vision tower: no weight is called `...class_embedding`"
+        "no CLIP vision tower: no weight is called `...embeddings.class_embedding`, or `...class_embedding` as OpenCLIP's"
     };
     Error::config(checkpoint.folder(), reason)
 }

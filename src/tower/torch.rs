@@ -12,7 +12,7 @@
 //! knows one level of dictionaries, contiguous tensors and only the instructions that a plain state
 //! dict has, copies a value each time it is referred to, and panics on calls with too few arguments.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -27,7 +27,8 @@ use crate::{Error, Result};
 const LEGACY: [u8; 15] =
     [0x80, 2, 0x8a, 10, 0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa8, 0x50, 0x19, b'.'];
 const ZIP: [u8; 4] = *b"PK\x03\x04";
-/// How deep dictionaries may lie in each other; training checkpoints have three levels.
+/// How deep dictionaries may lie in each other, and parameters; training checkpoints have three
+/// levels.
 const MAX_DEPTH: usize = 8;
 /// The most entries of a file; the largest CLIP's checkpoint with its optimizer's state has 4,000.
 const MAX_ENTRIES: usize = 1 << 16;
@@ -183,6 +184,12 @@ fn as_pickle(reason: String) -> String {
 fn zipped(file: BufReader<File>, length: u64) -> Step<(Pickle, Storages)> {
     let damaged = |e: zip::result::ZipError| format!("is not a complete PyTorch checkpoint: {e}");
     let mut zip = ZipArchive::new(file).map_err(damaged)?;
+    if zip.file_names().any(|name| name.ends_with("/constants.pkl")) {
+        return Err(
+            "is a TorchScript archive, expected a state dict: `torch.jit.load` it and save its `state_dict()`"
+                .into(),
+        );
+    }
     let mut places: HashMap<String, (u64, u64)> = HashMap::new();
     for i in 0..zip.len() {
         let entry = zip.by_index_raw(i).map_err(damaged)?;
@@ -202,9 +209,6 @@ fn zipped(file: BufReader<File>, length: u64) -> Step<(Pickle, Storages)> {
     };
     if pickles.next().is_some() {
         return Err("has more than one `data.pkl`".into());
-    }
-    if places.contains_key(&format!("{folder}constants.pkl")) {
-        return Err("is a TorchScript archive, expected a state dict: `torch.jit.load` it and save its `state_dict()`".into());
     }
     let mut file = zip.into_inner();
     if let Some(&(start, end)) = places.get(&format!("{folder}byteorder")) {
@@ -381,10 +385,11 @@ fn tensor(pickle: &Pickle, at: usize, storages: &Storages, length: u64) -> Step<
     let other = || Ok(Entry::Other(described(pickle, at)));
     let Value::Object(object) = &pickle.values[at] else { return other() };
     let (mut called, mut arguments) = (object.called, object.arguments);
-    let mut been = HashSet::new();
+    let mut wraps = 0;
     let arguments = loop {
-        if !been.insert(arguments) {
-            return Err("is wrapped in itself".into());
+        wraps += 1;
+        if wraps > MAX_DEPTH {
+            return Err(format!("is wrapped more than {MAX_DEPTH} times"));
         }
         let given = pickle.tuple(arguments);
         match (pickle.global(called), given) {
