@@ -102,6 +102,11 @@ impl Checkpoint {
         &self.files
     }
 
+    /// Whether it is of safetensors files, and not of PyTorch's.
+    pub fn is_safetensors(&self) -> bool {
+        matches!(self.tensors, Tensors::Safetensors(_))
+    }
+
     /// Every tensor's name.
     pub fn names(&self) -> &[String] {
         &self.names
