@@ -41,15 +41,15 @@ fn token() -> Option<String> {
     env("HF_TOKEN").or_else(stored)
 }
 
-/// The snapshot folder of a repository with the files that are `wanted`, of which `needed` must be
-/// one; downloaded first where they are not cached. What is wrong otherwise is told in words that
-/// follow the repository's name.
+/// The snapshot folder of a repository with the files that are `wanted`, given all there are, of
+/// which one of `needed` must be one; downloaded first where they are not cached. What is wrong
+/// otherwise is told in words that follow the repository's name.
 pub(crate) fn folder(
     name: &str,
     kind: RepoType,
     lookup: &Lookup,
-    wanted: impl Fn(&str) -> bool,
-    needed: &str,
+    wanted: impl Fn(&str, &[&str]) -> bool,
+    needed: &[&str],
 ) -> Result<PathBuf, String> {
     let revision = lookup.revision.clone().unwrap_or_else(|| "main".into());
     let repo = Repo::with_revision(name.into(), kind, revision.clone());
@@ -59,8 +59,10 @@ pub(crate) fn folder(
         file.parent().map(Path::to_path_buf).ok_or_else(|| "has an empty path in the cache".to_string())
     };
     if is_offline(lookup) {
-        let cached = cache.repo(repo).get(needed);
+        let repo = cache.repo(repo);
+        let cached = needed.iter().find_map(|needed| repo.get(needed));
         return snapshot(cached.ok_or_else(|| {
+            let needed = needed.join("` or `");
             format!("`{needed}` of revision `{revision}` is not in the cache `{}`, and offline mode forbids downloading it", path.display())
         })?);
     }
@@ -70,16 +72,17 @@ pub(crate) fn folder(
     }
     let api = builder.build().map_err(|e| e.to_string())?.repo(repo);
     let info = api.info().map_err(|e| format!("cannot be looked up on the Hub: {e}"))?;
-    let mut files: Vec<&str> = info.siblings.iter().map(|sibling| sibling.rfilename.as_str()).collect();
-    files.retain(|file| wanted(file));
+    let all: Vec<&str> = info.siblings.iter().map(|sibling| sibling.rfilename.as_str()).collect();
+    let mut files = all.clone();
+    files.retain(|file| wanted(file, &all));
     // A data set's tars last: the number of them tells later whether all came.
     files.sort_by_key(|file| file.ends_with(".tar"));
     let mut found = None;
     for file in files {
         let path = api.get(file).map_err(|e| format!("cannot download `{file}`: {e}"))?;
-        if file == needed {
+        if needed.contains(&file) {
             found = Some(path);
         }
     }
-    snapshot(found.ok_or_else(|| format!("has no `{needed}`"))?)
+    snapshot(found.ok_or_else(|| format!("has no `{}`", needed.join("` or `")))?)
 }

@@ -58,6 +58,7 @@ mod hub;
 pub mod image;
 pub mod model;
 mod page;
+mod pickle;
 pub mod pocket;
 #[cfg(feature = "engine")]
 pub mod server;

@@ -46,14 +46,18 @@ pub struct Model {
     pub folder: PathBuf,
     /// Its kind, by `model_type`.
     pub kind: ModelKind,
-    /// `config.json`, parsed.
+    /// `config.json`, parsed; or what it would be, where there is only OpenCLIP's
+    /// `open_clip_config.json`.
     pub config: Value,
+    /// The file the configuration is from.
+    pub config_file: PathBuf,
 }
 
 impl Model {
     /// Finds a model: a built-in one ([`crate::pocket::built_in`]: `pocket` is the LLaVA,
-    /// `pocket-clip` the CLIP; a folder of that name is `./pocket`), a folder with a `config.json`,
-    /// or a Hub id `organisation/name`, from the cache or, unless offline, from the Hub.
+    /// `pocket-clip` the CLIP; a folder of that name is `./pocket`), a folder with a `config.json`
+    /// or OpenCLIP's `open_clip_config.json`, or a Hub id `organisation/name`, from the cache or,
+    /// unless offline, from the Hub.
     ///
     /// Honours `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_TOKEN`, `HF_TOKEN_PATH` and
     /// `HF_HUB_OFFLINE`.
@@ -67,7 +71,7 @@ impl Model {
         } else if local.is_dir() {
             local.to_path_buf()
         } else if hub::is_id(name) {
-            hub::folder(name, RepoType::Model, lookup, wanted, "config.json")
+            hub::folder(name, RepoType::Model, lookup, wanted, &[CONFIG, OPEN_CLIP])
                 .map_err(|reason| Error::Model { model: name.into(), reason })?
         } else {
             return Err(Error::Model {
@@ -75,14 +79,21 @@ impl Model {
                 reason: "no such folder, no built-in model, and not a Hub id `organisation/name`".into(),
             });
         };
-        let path = folder.join("config.json");
-        let text = std::fs::read_to_string(&path).map_err(|e| Error::read(&path, e))?;
-        let config: Value = serde_json::from_str(&text).map_err(|e| Error::config(&path, e.to_string()))?;
-        let kind = match config.get("model_type").and_then(Value::as_str) {
-            Some("clip" | "clip_vision_model") => ModelKind::Clip,
-            Some("llava") => ModelKind::Llava,
-            Some("llava_next") => ModelKind::LlavaNext,
-            other => {
+        let open_clip = folder.join(OPEN_CLIP);
+        let has_open_clip = open_clip.is_file();
+        let path = folder.join(CONFIG);
+        let found = if has_open_clip && !path.is_file() { None } else { Some(json(&path)?) };
+        let found = found.map(|config| (kind(&config), config));
+        let (config_file, kind, config) = match found {
+            Some((Some(kind), config)) => (path, kind, config),
+            // Some of OpenCLIP's repositories have a `config.json` for another library.
+            _ if has_open_clip => {
+                let text = std::fs::read_to_string(&open_clip).map_err(|e| Error::read(&open_clip, e))?;
+                let config = crate::tower::open_clip::config(&text, &open_clip)?;
+                (open_clip, ModelKind::Clip, config)
+            }
+            found => {
+                let other = found.as_ref().and_then(|(_, config)| config.get("model_type")?.as_str());
                 let found = other.map_or("none".to_string(), |t| format!("`{t}`"));
                 return Err(Error::config(
                     path,
@@ -98,7 +109,15 @@ impl Model {
             folder,
             kind,
             config,
+            config_file,
         })
+    }
+
+    /// The commit of a snapshot from the Hub, which names the folder it lies in; `None` of others.
+    pub fn commit(&self) -> Option<String> {
+        let snapshots = self.folder.parent()?.file_name()? == "snapshots";
+        let name = self.folder.file_name()?.to_str()?;
+        (snapshots && !Path::new(&self.name).is_dir()).then(|| name.to_string())
     }
 
     /// The path of one of its files.
@@ -111,7 +130,7 @@ impl Model {
     /// # Errors
     /// If it has no CLIP vision tower, or impossible sizes.
     pub fn tower_config(&self) -> Result<ClipConfig> {
-        ClipConfig::parse(&self.config.to_string(), &self.file("config.json"))
+        ClipConfig::parse(&self.config.to_string(), &self.config_file)
     }
 
     /// How it prepares pictures: its files, or `contract` where given. LLaVA pads unless told
@@ -163,11 +182,11 @@ impl Model {
     /// # Errors
     /// If it has no CLIP text encoder, or a file or weight of it is missing or wrong.
     pub fn text(&self, device: &Device) -> Result<ClipText> {
-        let config = TextConfig::parse(&self.config.to_string(), &self.file("config.json"))?;
+        let config = TextConfig::parse(&self.config.to_string(), &self.config_file)?;
         ClipText::load(&self.checkpoint()?, &config, device)
     }
 
-    /// SHA-256 over its weight files and `config.json`, whatever they are called: the whole of what
+    /// SHA-256 over its weight files and its configuration, whatever they are called: the whole of what
     /// a result depends on. [`Model::fingerprint`] covers only what an anchor depends on.
     ///
     /// # Errors
@@ -178,14 +197,12 @@ impl Model {
             .filter_map(|entry| Some(entry.ok()?.path()))
             .filter(|path| path.extension().is_some_and(|extension| extension == "safetensors"))
             .collect();
-        files.sort();
-        files.push(self.file("config.json"));
-        let mut hash = Sha256::new();
-        for path in files {
-            let mut file = std::fs::File::open(&path).map_err(|e| Error::read(&path, e))?;
-            std::io::copy(&mut file, &mut hash).map_err(|e| Error::read(&path, e))?;
+        if files.is_empty() {
+            files = self.checkpoint()?.files().to_vec();
         }
-        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+        files.sort();
+        files.push(self.config_file.clone());
+        digest(&files)
     }
 
     /// The fingerprint of its vision tower's trunk, from the weights as stored.
@@ -202,7 +219,7 @@ impl Model {
     /// # Errors
     /// If the configuration names a block that does not exist, or several.
     pub fn features(&self) -> Result<(usize, bool)> {
-        let path = self.file("config.json");
+        let path = self.config_file.clone();
         let layer = match self.config.get("vision_feature_layer") {
             None => -2,
             Some(value) => value.as_i64().ok_or_else(|| {
@@ -225,12 +242,50 @@ impl Model {
     }
 }
 
-/// The files of a model that matter here; checkpoints in other formats are not downloaded.
-fn wanted(file: &str) -> bool {
-    !file.contains('/')
-        && (file.ends_with(".safetensors")
-            || file.ends_with(".json")
-            || file.ends_with(".jinja")
-            || file == "merges.txt")
-        && file != "pytorch_model.bin.index.json"
+const CONFIG: &str = "config.json";
+const OPEN_CLIP: &str = "open_clip_config.json";
+
+fn json(path: &Path) -> Result<Value> {
+    let text = std::fs::read_to_string(path).map_err(|e| Error::read(path, e))?;
+    serde_json::from_str(&text).map_err(|e| Error::config(path, e.to_string()))
+}
+
+fn kind(config: &Value) -> Option<ModelKind> {
+    match config.get("model_type").and_then(Value::as_str) {
+        Some("clip" | "clip_vision_model") => Some(ModelKind::Clip),
+        Some("llava") => Some(ModelKind::Llava),
+        Some("llava_next") => Some(ModelKind::LlavaNext),
+        _ => None,
+    }
+}
+
+/// SHA-256 over files, one after the other, in hexadecimal digits.
+pub(crate) fn digest(files: &[PathBuf]) -> Result<String> {
+    let mut hash = Sha256::new();
+    for path in files {
+        let mut file = std::fs::File::open(path).map_err(|e| Error::read(path, e))?;
+        std::io::copy(&mut file, &mut hash).map_err(|e| Error::read(path, e))?;
+    }
+    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// The files of a model that matter here, of `all` there are; checkpoints in other formats are not
+/// downloaded, nor is a second copy in OpenCLIP's names.
+fn wanted(file: &str, all: &[&str]) -> bool {
+    if file.contains('/') {
+        return false;
+    }
+    let any = |part: fn(&str) -> bool| all.iter().any(|file| !file.contains('/') && part(file));
+    if file.ends_with(".safetensors") {
+        return !file.starts_with("open_clip_") || !any(|file| file.starts_with("model."));
+    }
+    match file {
+        "open_clip_pytorch_model.bin" => !any(|file| file.ends_with(".safetensors")),
+        "pytorch_model.bin" => {
+            !any(|file| file.ends_with(".safetensors") || file == "open_clip_pytorch_model.bin")
+        }
+        "pytorch_model.bin.index.json" => false,
+        "merges.txt" => true,
+        file => file.ends_with(".json") || file.ends_with(".jinja"),
+    }
 }

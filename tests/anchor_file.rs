@@ -31,6 +31,7 @@ fn small(method: Method) -> Anchor {
         base_revision: "ce19dc912ca5cd21c8a653c79e251e808ccabcd1".into(),
         fingerprint: "0123456789abcdef".repeat(4),
         guide_model: String::new(),
+        interpolated_from: None,
         grid: (2, 3),
         class_token: true,
         image_size: 336,

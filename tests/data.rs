@@ -523,7 +523,8 @@ fn a_bad_pickle_is_an_error_and_runs_nothing() {
         (b"\x80\x02.", "stack is empty"),
         (b"\x80\x02h\x07.", "nothing was remembered as 7"),
         (b"\x80\x02\x8d\xff\xff\xff\xff\xff\xff\xff\xff.", "ends within"),
-        (b"\x80\x02}Q.", "instruction 0x51"),
+        (b"\x80\x02}Q.", "expected a dictionary"),
+        (b"\x80\x02\x82\x01.", "instruction 0x82"),
     ] {
         put(folder.path(), "test_batch", text);
         refused(&file, &["test_batch", part]);

@@ -141,6 +141,36 @@ fn a_hub_model_is_downloaded_once_with_the_users_token_and_then_found_offline() 
 }
 
 #[test]
+fn an_openclip_repository_guides_an_anchor() {
+    let home = tempfile::tempdir().expect("a folder");
+    let (endpoint, log) = serve("models/tiny/fare", path("guide/openclip"));
+    let guide = |endpoint: &str, extra: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_radapt"))
+            .args(["anchor", "guide", "--from", "tiny/fare", "--json", "--out"])
+            .arg(home.path().join("anchor.safetensors"))
+            .arg("--model")
+            .arg(path("clip/v4"))
+            .args(extra)
+            .env_remove("HF_HUB_CACHE")
+            .env_remove("HF_HUB_OFFLINE")
+            .env("HF_HOME", home.path())
+            .env("HF_ENDPOINT", endpoint)
+            .output()
+            .expect("the command runs");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice::<serde_json::Value>(&output.stdout).expect("JSON")
+    };
+    let made = guide(&endpoint, &[]);
+    let name = made["radapt.guide_model"].as_str().expect("a name");
+    assert!(name.starts_with("tiny/fare@0123abcd sha256:"), "{name}");
+    let asked = log.lock().expect("the log").clone();
+    assert!(asked.iter().any(|(request, _)| request.contains("/open_clip_pytorch_model.bin")), "{asked:?}");
+    // A second copy of the weights, in another format or other names, is not fetched.
+    assert!(!asked.iter().any(|(request, _)| request.contains("/pytorch_model.bin")), "{asked:?}");
+    assert_eq!(guide("http://127.0.0.1:9", &["--offline"])["sha256"], made["sha256"]);
+}
+
+#[test]
 fn a_hub_that_does_not_answer_is_one_clear_line() {
     let home = tempfile::tempdir().expect("a folder");
     let (endpoint, _) = hub();

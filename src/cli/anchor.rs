@@ -1,11 +1,11 @@
 //! `radapt anchor extract | show | check`; the other subcommands have files of their own.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
 use radapt::defense::acquire::training_free;
-use radapt::defense::{self, AnchorMeta, Method, TRAINING_FREE_MIX, default_cutoff};
+use radapt::defense::{self, AnchorMeta, Method};
 use radapt::tower::VisionTower;
 use serde_json::{Map, Value, json};
 
@@ -22,6 +22,11 @@ pub struct Anchor {
 enum Command {
     /// Take a training-free anchor from a model: its own first attention output on a white picture
     Extract(Extract),
+    /// Take an anchor for a model from an adversarially fine-tuned one: its first attention output on
+    /// a white picture
+    Guide(super::anchor_guide::Guide),
+    /// List the paper's settings, for --preset
+    Presets,
     /// Train an anchor on adversarial pictures (R-Adapt+), every weight frozen
     Train(Box<super::anchor_train::Train>),
     /// Print what an anchor file says of itself
@@ -42,15 +47,8 @@ struct Extract {
     /// Where to write the anchor
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
-    /// The anchor's factor to recommend in the file
-    #[arg(long, value_name = "NUMBER", default_value_t = TRAINING_FREE_MIX.0, allow_negative_numbers = true)]
-    alpha: f64,
-    /// The attention output's factor to recommend in the file
-    #[arg(long, value_name = "NUMBER", default_value_t = TRAINING_FREE_MIX.1, allow_negative_numbers = true)]
-    beta: f64,
-    /// Cutoff D0 to recommend in the file; 40 bins, fewer for pictures under 224 pixels, where not given
-    #[arg(long, value_name = "BINS")]
-    cutoff: Option<f64>,
+    #[command(flatten)]
+    settings: super::anchor_guide::Settings,
 }
 
 #[derive(Args)]
@@ -68,6 +66,8 @@ impl Anchor {
     pub fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
         match self.command {
             Command::Extract(extract) => extract.run(global),
+            Command::Guide(guide) => guide.run(global),
+            Command::Presets => super::anchor_guide::list(global),
             Command::Train(train) => train.run(global),
             Command::Show { file } => {
                 let anchor = defense::Anchor::find(&file)?;
@@ -82,16 +82,14 @@ impl Anchor {
 
 impl Extract {
     fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
+        self.settings.check()?;
         let model = self.model.find()?;
         let preprocess = model.preprocess(self.model.contract)?;
         let spinner = global.spinner("reading the tower");
         let tower = model.tower(&preprocess, self.model.dtype(), &self.model.device()?)?;
         let spec = tower.spec().clone();
-        let cutoff = self.cutoff.unwrap_or(default_cutoff(spec.image_size));
-        // What the file recommends must be usable.
-        defense::Gif::new(1, 1, cutoff, &candle_core::Device::Cpu)?;
         let values = training_free(&tower)?;
-        defense::Fra::new(&values, self.alpha, self.beta, &candle_core::Device::Cpu)?;
+        let (alpha, beta, cutoff) = self.settings.settle("clip", spec.image_size, &values)?;
         spinner.finish_and_clear();
         let anchor = defense::Anchor {
             values,
@@ -101,22 +99,18 @@ impl Extract {
                 base_revision: model.revision.clone(),
                 fingerprint: model.fingerprint()?,
                 guide_model: String::new(),
+                interpolated_from: None,
                 grid: spec.grid,
                 class_token: spec.class_token,
                 image_size: spec.image_size,
                 contract: preprocess.contract,
-                alpha: self.alpha,
-                beta: self.beta,
+                alpha,
+                beta,
                 cutoff,
                 training: Default::default(),
             },
         };
-        anchor.save(&self.out)?;
-        let mut json = fields(&anchor)?;
-        json.insert("file".into(), self.out.display().to_string().into());
-        json.insert("sha256".into(), anchor.sha256()?.into());
-        print(global, Value::Object(json), &self.out.display().to_string())?;
-        Ok(ExitCode::SUCCESS)
+        save(global, &anchor, &self.out)
     }
 }
 
@@ -145,6 +139,16 @@ impl Check {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+/// Writes an anchor and says so.
+pub fn save(global: &Global, anchor: &defense::Anchor, out: &Path) -> anyhow::Result<ExitCode> {
+    anchor.save(out)?;
+    let mut json = fields(anchor)?;
+    json.insert("file".into(), out.display().to_string().into());
+    json.insert("sha256".into(), anchor.sha256()?.into());
+    print(global, Value::Object(json), &out.display().to_string())?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Every metadata key as it stands in the file, and the tensor's shape.

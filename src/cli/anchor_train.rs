@@ -366,6 +366,7 @@ impl Train {
                 base_revision: ground.model.revision.clone(),
                 fingerprint: ground.model.fingerprint()?,
                 guide_model: String::new(),
+                interpolated_from: None,
                 grid: spec.grid,
                 class_token: spec.class_token,
                 image_size: spec.image_size,

@@ -5,6 +5,7 @@
 
 mod anchor;
 mod anchor_export;
+mod anchor_guide;
 mod anchor_train;
 mod attack;
 mod bench;

@@ -49,7 +49,7 @@ pub(super) fn from_hub(name: &str, options: &OpenOptions, lookup: &Lookup) -> Re
         Some(file) => !file.contains('/') && (file.ends_with(".tar") || file == SHARDS),
         None => [CLASSES, TEMPLATES].contains(&file),
     };
-    let folder = hub::folder(id, RepoType::Dataset, lookup, wanted, CLASSES)
+    let folder = hub::folder(id, RepoType::Dataset, lookup, |file, _| wanted(file), &[CLASSES])
         .map_err(|reason| Error::data(id, reason))?;
     let called = id.rsplit('/').next().unwrap_or(id).to_string();
     let tars = folder.join(split);

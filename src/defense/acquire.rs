@@ -2,9 +2,10 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::Result;
-use crate::tower::VisionTower;
 use crate::tower::clip::Clip;
+use crate::tower::stem::Stem;
+use crate::tower::{TowerSpec, VisionTower};
+use crate::{Error, Result};
 
 /// The training-free anchor, the paper's Eq. 6: the tower's own first attention output on a
 /// uniform white picture, `(N, D)` f32 on the CPU. Whatever is put into the tower is ignored.
@@ -13,4 +14,83 @@ pub fn training_free(tower: &Clip) -> Result<Tensor> {
     let white = Tensor::ones((1, 3, side, side), DType::F32, tower.device())?;
     let attention = tower.first_attention(&white)?;
     Ok(attention.squeeze(0)?.to_dtype(DType::F32)?.to_device(&Device::Cpu)?)
+}
+
+/// The model-guided anchor, the paper's Eq. 7: the first attention output of `robust`, an
+/// adversarially fine-tuned model, on a uniform white picture of its own size, for a tower `base`.
+/// `(N, D)` f32 on the CPU, of the base's N.
+///
+/// Where the robust model has other patches than the base, its rows are interpolated over the grid
+/// ([`interpolate`]) and its own patches down and across are returned too. (The paper has one
+/// resolution throughout.)
+///
+/// # Errors
+/// [`Error::AnchorMismatch`] if the widths differ, or only one of them has a class token.
+pub fn model_guided(robust: &Stem, base: &TowerSpec) -> Result<(Tensor, Option<(usize, usize)>)> {
+    let spec = robust.spec();
+    let mismatch = |reason: String| Error::AnchorMismatch {
+        reason,
+        hint: "the robust model has to be a fine-tuned copy of the base, or of a model of its width".into(),
+    };
+    if spec.hidden != base.hidden {
+        let (found, expected) = (spec.hidden, base.hidden);
+        return Err(mismatch(format!("the robust model is {found} wide, the base {expected}")));
+    }
+    if spec.class_token != base.class_token {
+        let of = |class_token| if class_token { "one" } else { "none" };
+        let (found, expected) = (of(spec.class_token), of(base.class_token));
+        return Err(mismatch(format!("the robust model has {found} class token, the base {expected}")));
+    }
+    let values = robust.white_attention()?;
+    if spec.grid == base.grid {
+        return Ok((values, None));
+    }
+    Ok((interpolate(&values, spec.class_token, spec.grid, base.grid)?, Some(spec.grid)))
+}
+
+/// The rows of `values`, `(N, D)` f32, for another grid: those of patches interpolated bilinearly by
+/// the places of their centres, as PyTorch's `interpolate` does with `align_corners=False`; a class
+/// token's row, the first, as it is. Grids are patches down and across.
+///
+/// # Errors
+/// If `values` has another number of rows than `from` makes, or a grid is empty.
+pub fn interpolate(
+    values: &Tensor,
+    class_token: bool,
+    from: (usize, usize),
+    to: (usize, usize),
+) -> Result<Tensor> {
+    let (rows, width) = values.dims2()?;
+    let first = usize::from(class_token);
+    if rows != from.0 * from.1 + first || rows == first || to.0 * to.1 == 0 {
+        let (h, w) = from;
+        return Err(Error::argument("anchor", format!("{} rows for {h}x{w} patches", h * w + first), rows));
+    }
+    let data = values.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.to_vec2::<f32>()?;
+    let mut all = Vec::with_capacity((to.0 * to.1 + first) * width);
+    all.extend(data.iter().take(first).flatten());
+    let (down, across) = (between(from.0, to.0), between(from.1, to.1));
+    for &(top, bottom, y) in &down {
+        for &(left, right, x) in &across {
+            let row = |y: usize, x: usize| &data[first + y * from.1 + x];
+            let corners = [row(top, left), row(top, right), row(bottom, left), row(bottom, right)];
+            let shares = [(1.0 - y) * (1.0 - x), (1.0 - y) * x, y * (1.0 - x), y * x];
+            all.extend((0..width).map(|i| {
+                let sum: f64 =
+                    corners.iter().zip(shares).map(|(corner, share)| f64::from(corner[i]) * share).sum();
+                sum as f32
+            }));
+        }
+    }
+    Ok(Tensor::from_vec(all, (to.0 * to.1 + first, width), &Device::Cpu)?)
+}
+
+/// For each of `to` places the two of `from` it lies between, and how far it is from the first.
+fn between(from: usize, to: usize) -> Vec<(usize, usize, f64)> {
+    let place = |i: usize| {
+        let at = ((i as f64 + 0.5) * from as f64 / to as f64 - 0.5).max(0.0);
+        let first = (at as usize).min(from - 1);
+        (first, (first + 1).min(from - 1), at - first as f64)
+    };
+    (0..to).map(place).collect()
 }

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::{Device, Tensor};
 use safetensors::{Dtype, SafeTensors};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::image::Contract;
@@ -29,7 +29,7 @@ const MAX_BYTES: u64 = 1 << 28;
 static SAVES: AtomicU64 = AtomicU64::new(0);
 
 /// How an anchor was acquired (the paper's Section 4.2).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Method {
     /// The model itself, fed a white picture.
@@ -75,6 +75,9 @@ pub struct AnchorMeta {
     pub fingerprint: String,
     /// The model that guided it, or empty.
     pub guide_model: String,
+    /// Patches down and across in the model that guided it, where they were others and its rows
+    /// were interpolated. A key that need not be there.
+    pub interpolated_from: Option<(usize, usize)>,
     /// Patches down and across.
     pub grid: (usize, usize),
     /// Whether row 0 belongs to a class token.
@@ -312,6 +315,9 @@ impl AnchorMeta {
         .into_iter()
         .map(|(key, value)| (format!("radapt.{key}"), value))
         .collect();
+        entries.extend(
+            self.interpolated_from.map(|(h, w)| ("radapt.interpolated_from".into(), format!("{h}x{w}"))),
+        );
         entries.extend(self.training.iter().map(|(key, value)| (format!("radapt.{key}"), value.clone())));
         entries
     }
@@ -335,10 +341,13 @@ impl AnchorMeta {
             value.ok_or_else(|| wrong(key, expected, text))
         };
         let method = Method::from_str(need("method")?).map_err(|e| format!("radapt.method: {e}"))?;
-        let grid = need("grid")?;
-        let sides = grid.split_once('x').and_then(|(h, w)| Some((h.parse().ok()?, w.parse().ok()?)));
-        let grid =
-            sides.filter(|&(h, w)| h > 0 && w > 0).ok_or_else(|| wrong("grid", "ROWSxCOLUMNS", grid))?;
+        let sides = |key: &str, text: &str| -> std::result::Result<(usize, usize), String> {
+            let sides = text.split_once('x').and_then(|(h, w)| Some((h.parse().ok()?, w.parse().ok()?)));
+            sides.filter(|&(h, w)| h > 0 && w > 0).ok_or_else(|| wrong(key, "ROWSxCOLUMNS", text))
+        };
+        let grid = sides("grid", need("grid")?)?;
+        let interpolated_from =
+            get("interpolated_from").map(|text| sides("interpolated_from", text)).transpose()?;
         let class_token = need("class_token")?;
         let fingerprint = need("fingerprint")?;
         if fingerprint.len() != 64 || !fingerprint.bytes().all(|b| b.is_ascii_hexdigit()) {
@@ -364,6 +373,7 @@ impl AnchorMeta {
             base_revision: need("base_revision")?.to_string(),
             fingerprint: fingerprint.to_ascii_lowercase(),
             guide_model: need("guide_model")?.to_string(),
+            interpolated_from,
             grid,
             class_token: class_token
                 .parse()

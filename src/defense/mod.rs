@@ -9,10 +9,13 @@ pub mod built_in;
 pub mod export;
 mod fra;
 mod gif;
+pub mod guide;
+pub mod presets;
 
 pub use anchor::{Anchor, AnchorMeta, Method};
 pub use fra::Fra;
 pub use gif::{Gif, default_cutoff};
+pub use presets::Preset;
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -132,6 +132,10 @@ fn load(model: Model, options: EngineOptions) -> Result<Loaded> {
     };
     let preprocess = model.preprocess(options.contract)?;
     let checkpoint = model.checkpoint()?;
+    // mistral.rs would read anything else by candle's means.
+    if !checkpoint.is_safetensors() {
+        return Err(Error::config(checkpoint.label(), "expected the language model in safetensors files"));
+    }
     let isq = options.isq.as_deref().map(|isq| parse_isq(isq, &options.device)).transpose()?;
     let config = config::translate(&model)?;
     weights::check(&checkpoint, model.kind, &config)?;

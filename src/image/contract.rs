@@ -119,6 +119,9 @@ pub struct Preprocess {
 const CLIP_MEAN: [f64; 3] = [0.48145466, 0.4578275, 0.40821073];
 const CLIP_STD: [f64; 3] = [0.26862954, 0.26130258, 0.27577711];
 
+/// OpenCLIP's configuration of a whole model.
+const OPEN_CLIP: &str = "open_clip_config.json";
+
 /// The largest side that a configuration may ask for; larger ones are mistakes.
 const MAX_CONFIGURED: u64 = 16_384;
 
@@ -140,7 +143,8 @@ impl Preprocess {
     /// Reads how the model in a folder prepares pictures.
     ///
     /// From `preprocessor_config.json`, or else from `processor_config.json`, there from the object
-    /// `image_processor` if it has one. What neither file says is as in [`Preprocess::clip`] at
+    /// `image_processor` if it has one, or else from the object `preprocess_cfg` of OpenCLIP's
+    /// `open_clip_config.json`. What neither file says is as in [`Preprocess::clip`] at
     /// `image_size`, the side in pixels from the vision model's own configuration; a final size
     /// that is not given as `crop_size` is that of `size`. Unknown keys are ignored.
     ///
@@ -322,7 +326,7 @@ struct Config {
 
 impl Config {
     fn find(dir: &Path) -> Result<Option<Self>> {
-        for file in ["preprocessor_config.json", "processor_config.json"] {
+        for file in ["preprocessor_config.json", "processor_config.json", OPEN_CLIP] {
             let path = dir.join(file);
             let text = match fs::read(&path) {
                 Ok(text) => text,
@@ -346,9 +350,52 @@ impl Config {
                     }
                 }
             }
-            return Ok(Some(Self { path, keys }));
+            let config = Self { path, keys };
+            return if file == OPEN_CLIP { config.open_clip() } else { Ok(Some(config)) };
         }
         Ok(None)
+    }
+
+    /// The keys that say what OpenCLIP's `preprocess_cfg` does (open_clip `transform.py`,
+    /// `PreprocessCfg`).
+    fn open_clip(mut self) -> Result<Option<Self>> {
+        let Some(Value::Object(given)) = self.keys.remove("preprocess_cfg") else { return Ok(None) };
+        self.keys = given;
+        let mut keys = Map::new();
+        for (from, to) in [("mean", "image_mean"), ("std", "image_std")] {
+            keys.extend(self.get(from).map(|value| (to.to_string(), value.clone())));
+        }
+        let size = match self.get("size") {
+            Some(Value::Array(sides)) => match &sides[..] {
+                [height, width] => Some(serde_json::json!({ "height": height, "width": width })),
+                _ => return Err(self.expected("size", "a number, or height and width", &self.keys["size"])),
+            },
+            size => size.cloned(),
+        };
+        match (self.get("resize_mode").map(Value::as_str), size) {
+            (None | Some(Some("shortest")), Some(size)) => {
+                // The shorter side to the size, which must then be one number for both.
+                let edge = if size["height"] == size["width"] { size.get("height") } else { None };
+                keys.insert("size".into(), edge.unwrap_or(&size).clone());
+                keys.insert("crop_size".into(), size);
+            }
+            (None | Some(Some("shortest")), None) => {}
+            (_, _) => {
+                return Err(self.expected("resize_mode", "\"shortest\"", &self.keys["resize_mode"]));
+            }
+        }
+        match self.get("interpolation").map(Value::as_str) {
+            None | Some(Some("bicubic")) => {}
+            Some(Some("bilinear")) => {
+                keys.insert("resample".into(), 2.into());
+            }
+            Some(_) => {
+                let found = &self.keys["interpolation"];
+                return Err(self.expected("interpolation", "\"bicubic\" or \"bilinear\"", found));
+            }
+        }
+        self.keys = keys;
+        Ok(Some(self))
     }
 
     fn preprocess(

@@ -2,6 +2,7 @@
 
 use candle_core::{Device, Tensor};
 
+use crate::tower::open_clip::{self, Source};
 use crate::tower::weights::{Checkpoint, CheckpointAt, Weights};
 use crate::{Error, Result};
 
@@ -90,17 +91,6 @@ struct OpenClip<'a> {
     root: CheckpointAt<'a>,
 }
 
-/// Where one of transformers' tensors lies in OpenCLIP's.
-#[derive(Debug, PartialEq)]
-enum Source {
-    /// A tensor of its own.
-    Whole(String),
-    /// A third of the rows: of the queries 0, keys 1, values 2.
-    Third(String, usize),
-    /// The other way round.
-    Transposed(String),
-}
-
 fn source(name: &str) -> Option<Source> {
     let inner = name.strip_prefix("text_model.").unwrap_or(name);
     let whole = |name: String| Some(Source::Whole(name));
@@ -113,21 +103,7 @@ fn source(name: &str) -> Option<Source> {
     if let Some(kind) = inner.strip_prefix("final_layer_norm.") {
         return whole(format!("ln_final.{kind}"));
     }
-    let (layer, part) = inner.strip_prefix("encoder.layers.")?.split_once('.')?;
-    let (part, kind) = part.rsplit_once('.')?;
-    let at = |part: String| format!("transformer.resblocks.{layer}.{part}");
-    let third = |third: usize| Some(Source::Third(at(format!("attn.in_proj_{kind}")), third));
-    match part {
-        "self_attn.q_proj" => third(0),
-        "self_attn.k_proj" => third(1),
-        "self_attn.v_proj" => third(2),
-        "self_attn.out_proj" => whole(at(format!("attn.out_proj.{kind}"))),
-        "layer_norm1" => whole(at(format!("ln_1.{kind}"))),
-        "layer_norm2" => whole(at(format!("ln_2.{kind}"))),
-        "mlp.fc1" => whole(at(format!("mlp.c_fc.{kind}"))),
-        "mlp.fc2" => whole(at(format!("mlp.c_proj.{kind}"))),
-        _ => None,
-    }
+    open_clip::block(inner)
 }
 
 impl Weights for OpenClip<'_> {
@@ -137,17 +113,7 @@ impl Weights for OpenClip<'_> {
             return self.text.get(name, shape);
         }
         match source(name) {
-            Some(Source::Whole(name)) => self.text.get(&name, shape),
-            Some(Source::Third(name, third)) => {
-                let mut whole = shape.to_vec();
-                let rows = shape.first().copied().unwrap_or(0);
-                whole.iter_mut().take(1).for_each(|rows| *rows *= 3);
-                Ok(self.text.get(&name, &whole)?.narrow(0, third * rows, rows)?.contiguous()?)
-            }
-            Some(Source::Transposed(name)) => {
-                let turned: Vec<usize> = shape.iter().rev().copied().collect();
-                Ok(self.text.get(&name, &turned)?.t()?.contiguous()?)
-            }
+            Some(source) => source.get(&self.text, shape),
             None => self.root.get(name, shape),
         }
     }
@@ -155,9 +121,7 @@ impl Weights for OpenClip<'_> {
     fn contains(&self, name: &str) -> bool {
         self.text.contains(name)
             || match source(name) {
-                Some(Source::Whole(name) | Source::Third(name, _) | Source::Transposed(name)) => {
-                    self.text.contains(&name)
-                }
+                Some(source) => self.text.contains(source.name()),
                 None => self.root.contains(name),
             }
     }

@@ -12,8 +12,9 @@ use candle_core::{D, DType, Device, IndexOp, Tensor};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
-use super::layers::{Activation, Attention, AttentionTape, LayerNorm, Linear, compute_dtype};
+use super::layers::{Activation, Attention, AttentionTape, LayerNorm, Linear};
 use super::packed::{self, Engine, Outside};
+use super::stem::{self, Embedding, VisionWeights};
 use super::weights::{Checkpoint, Weights};
 use super::{Cotangent, Features, Gradients, Inserts, Precision, TowerSpec, VisionTower, Want, Wrt};
 use crate::{Error, Result};
@@ -103,7 +104,7 @@ impl ClipConfig {
         }
     }
 
-    fn check(&self, file: &Path) -> Result<()> {
+    pub(super) fn check(&self, file: &Path) -> Result<()> {
         let sizes = [
             ("hidden_size", self.hidden_size),
             ("intermediate_size", self.intermediate_size),
@@ -210,16 +211,8 @@ impl Clip {
         let (d, p) = (config.hidden_size, config.patch_size);
         let side = config.image_size / p;
         let tokens = side * side + 1;
-        let norm = |name: &str| -> Result<LayerNorm> {
-            let weight = weights.get(&format!("{name}.weight"), &[d])?;
-            let bias = weights.get(&format!("{name}.bias"), &[d])?;
-            Ok(LayerNorm::new(weight, bias, config.layer_norm_eps))
-        };
-        let linear = |name: &str, rows: usize, columns: usize| -> Result<Linear> {
-            let weight = weights.get(&format!("{name}.weight"), &[rows, columns])?;
-            let bias = weights.get(&format!("{name}.bias"), &[rows])?;
-            Ok(Linear::new(weight, Some(bias)))
-        };
+        let norm = |name: &str| stem::norm(weights, name, d, config.layer_norm_eps);
+        let linear = |name: &str, rows: usize, columns: usize| stem::linear(weights, name, rows, columns);
         let patches = weights.get("embeddings.patch_embedding.weight", &[d, 3, p, p])?;
         let device = patches.device().clone();
         let dtype = patches.dtype();
@@ -228,13 +221,12 @@ impl Clip {
                 let at = |part: &str| format!("encoder.layers.{i}.{part}");
                 Ok(Block {
                     norm1: norm(&at("layer_norm1"))?,
-                    attention: Attention {
-                        q: linear(&at("self_attn.q_proj"), d, d)?,
-                        k: linear(&at("self_attn.k_proj"), d, d)?,
-                        v: linear(&at("self_attn.v_proj"), d, d)?,
-                        out: linear(&at("self_attn.out_proj"), d, d)?,
-                        heads: config.num_attention_heads,
-                    },
+                    attention: stem::attention(
+                        weights,
+                        &format!("encoder.layers.{i}"),
+                        d,
+                        config.num_attention_heads,
+                    )?,
                     norm2: norm(&at("layer_norm2"))?,
                     fc1: linear(&at("mlp.fc1"), config.intermediate_size, d)?,
                     fc2: linear(&at("mlp.fc2"), d, config.intermediate_size)?,
@@ -246,13 +238,12 @@ impl Clip {
             .map(|w| w.get("visual_projection.weight", &[config.projection_dim, d]))
             .transpose()?
             .map(|weight| Linear::new(weight, None));
-        let channel = |values: [f32; 3]| Tensor::new(&values, &device)?.reshape((1, 3, 1, 1));
         Ok(Self {
             spec: TowerSpec { projection: projection.as_ref().map(Linear::out_features), ..config.spec() },
             dtype,
             activation: Activation::from_config(&config.hidden_act)?,
-            mean: channel(mean)?,
-            inverse_std: channel(std.map(f32::recip))?,
+            mean: stem::channels(mean, &device)?,
+            inverse_std: stem::channels(std.map(f32::recip), &device)?,
             patches: Linear::new(patches.reshape((d, 3 * p * p))?, None),
             class: weights.get("embeddings.class_embedding", &[d])?,
             positions: weights.get("embeddings.position_embedding.weight", &[tokens, d])?,
@@ -268,7 +259,7 @@ impl Clip {
     }
 
     /// Loads the tower of a model folder: a CLIP, a CLIP vision model or a LLaVA, in the key
-    /// layouts of transformers 4 and 5.
+    /// layouts of transformers 4 and 5, or a CLIP in OpenAI's and OpenCLIP's names.
     ///
     /// # Errors
     /// If a file is missing or damaged, or the checkpoint has no CLIP vision tower.
@@ -279,9 +270,9 @@ impl Clip {
         std: [f32; 3],
         device: &Device,
     ) -> Result<Self> {
-        let prefix = vision_prefix(checkpoint)?;
-        let root = prefix.strip_suffix("vision_model.").unwrap_or(&prefix);
-        Self::new(config, &checkpoint.at(&prefix, device), Some(&checkpoint.at(root, device)), mean, std)
+        let weights = VisionWeights::find(checkpoint, device)?;
+        weights.check_design()?;
+        Self::new(config, &weights, Some(&weights), mean, std)
     }
 
     /// The same tower, weights shared, with other things put in.
@@ -486,20 +477,16 @@ impl Clip {
 
     /// Normalised pixels to patches and positions, `(B, N, D)`, before the pre-norm.
     fn embed(&self, pixels: &Tensor) -> Result<Tensor> {
-        let batch = pixels.dim(0)?;
-        let (rows, columns) = self.spec.grid;
-        let p = self.spec.patch_size;
-        let dtype = compute_dtype(&self.device, self.dtype);
-        let normal = pixels.broadcast_sub(&self.mean)?.broadcast_mul(&self.inverse_std)?;
-        // A strided convolution drops what lies beyond the last whole patch.
-        let normal = normal.i((.., .., ..rows * p, ..columns * p))?;
-        let patches = normal
-            .reshape(&[batch, 3, rows, p, columns, p][..])?
-            .permute([0, 2, 4, 1, 3, 5])?
-            .reshape((batch, rows * columns, 3 * p * p))?;
-        let patches = self.patches.forward(&patches.to_dtype(dtype)?)?;
-        let class = self.class.to_dtype(dtype)?.reshape((1, 1, self.spec.hidden))?.repeat((batch, 1, 1))?;
-        Ok(Tensor::cat(&[class, patches], 1)?.broadcast_add(&self.positions.to_dtype(dtype)?)?)
+        let embedding = Embedding {
+            spec: &self.spec,
+            dtype: self.dtype,
+            mean: &self.mean,
+            inverse_std: &self.inverse_std,
+            patches: &self.patches,
+            class: &self.class,
+            positions: &self.positions,
+        };
+        embedding.forward(pixels)
     }
 
     /// The gradient at [`Clip::embed`]'s result to that at its pixels.
@@ -741,7 +728,7 @@ impl VisionTower for Clip {
 /// # Errors
 /// If the checkpoint has no CLIP vision tower, or one without the weights `config` asks for.
 pub fn checkpoint_fingerprint(checkpoint: &Checkpoint, config: &ClipConfig) -> Result<String> {
-    let weights = checkpoint.at(&vision_prefix(checkpoint)?, &Device::Cpu);
+    let weights = VisionWeights::find(checkpoint, &Device::Cpu)?;
     let (d, p, m) = (config.hidden_size, config.patch_size, config.intermediate_size);
     let side = config.image_size / p;
     let mut shapes = vec![
@@ -793,30 +780,6 @@ fn add(a: Option<Tensor>, b: Option<Tensor>) -> Result<Option<Tensor>> {
         (Some(a), Some(b)) => Some((a + b)?),
         (a, b) => a.or(b),
     })
-}
-
-/// The prefix below which the CLIP vision tower's weights lie: `vision_model.` in a CLIP,
-/// `vision_tower.vision_model.` or `model.vision_tower.` in a LLaVA, and so on.
-///
-/// # Errors
-/// If the checkpoint holds no such tower, or more than one.
-pub fn vision_prefix(checkpoint: &Checkpoint) -> Result<String> {
-    const CLASS: &str = "embeddings.class_embedding";
-    let mut found: Vec<&str> =
-        checkpoint.names().iter().filter_map(|name| name.strip_suffix(CLASS)).collect();
-    found.sort_unstable();
-    found.dedup();
-    match found[..] {
-        [prefix] => Ok(prefix.to_string()),
-        [] => Err(Error::config(
-            checkpoint.folder(),
-            format!("no CLIP vision tower: no weight is called `...{CLASS}`"),
-        )),
-        _ => Err(Error::config(
-            checkpoint.folder(),
-            format!("more than one vision tower: {}", found.join(", ")),
-        )),
-    }
 }
 
 /// The block whose output LLaVA's `vision_feature_layer` names.

@@ -10,7 +10,10 @@
 
 pub mod clip;
 pub mod layers;
+pub(crate) mod open_clip;
 mod packed;
+pub mod stem;
+mod torch;
 pub mod weights;
 
 use std::sync::Arc;

@@ -20,7 +20,7 @@ pub(super) struct Store {
 impl Store {
     pub(super) fn create(path: &Path, width: usize, height: usize) -> Result<Self> {
         match std::fs::remove_file(path) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::write(path, e)),
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::write(path, e)),
             _ => Self::open_or_create(path, width, height),
         }
     }
