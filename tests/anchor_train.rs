@@ -83,6 +83,13 @@ fn trained(training: &Training) -> Trained {
 }
 
 #[test]
+fn the_paper_s_plan_is_its_preset() {
+    let (plan, preset) = (Plan::paper(40.0), radapt::defense::presets::find("plus").unwrap());
+    assert_eq!((plan.alpha, plan.beta, plan.cutoff), (preset.alpha, preset.beta, Some(preset.cutoff)));
+    assert_eq!((plan.epochs, plan.eps, plan.examples), (10, Eps::of_255(4), Examples::Static));
+}
+
+#[test]
 fn the_order_of_an_epoch_is_chacha8_s() {
     let expected = Fixture::open("training/expected.safetensors");
     for epoch in 0..13 {

@@ -179,7 +179,7 @@ fn several_anchors_are_scored_on_the_same_transfer_pictures() {
     let out = folder.path().join("c");
     let flags =
         ["eval", "classify", "--json", "--n", "6", "--attack", "pgd", "--steps", "2", "--eps", "8/255"];
-    let also = format!("{},pocket-white", white.display());
+    let also = format!("{},pocket-white,gif:9", white.display());
     let all = |also: &str, out: &Path| {
         let mut all = flags.to_vec();
         all.extend(["--also", also, "--out", out.to_str().unwrap()]);
@@ -190,6 +190,10 @@ fn several_anchors_are_scored_on_the_same_transfer_pictures() {
     // The built-in anchor is the training-free one, alone and beside it.
     assert_eq!(right(&found, "pocket-white"), right(&found, "gif+fra"));
     assert_eq!(right(&found, "mine").len(), 3);
+    let gif = folder.path().join("g");
+    let mut alone = flags.to_vec();
+    alone.extend(["--anchor", "none", "--cutoff", "9", "--out", gif.to_str().unwrap()]);
+    assert_eq!(right(&found, "gif:9"), right(&rows(&json(&run(&alone))), "gif"));
     let twice = all(&format!("{0},{0}", white.display()), &folder.path().join("d"));
     assert_eq!(twice.status.code(), Some(2));
 }

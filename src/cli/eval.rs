@@ -11,6 +11,7 @@ use radapt::eval::run::merge;
 use serde_json::to_value;
 
 use super::classify::{RunFlags, What};
+use super::options::argument;
 use super::row_table::row_table;
 use super::{Global, print};
 
@@ -61,15 +62,31 @@ pub struct ClassifyCommand {
     /// Leave the undefended model out
     #[arg(long, conflicts_with = "ablate")]
     defended_only: bool,
-    /// Anchors to score beside it, each with what it recommends and under its file's name; transfer
-    /// pictures are crafted once for all of them
+    /// Anchors to score beside it, each with what it recommends and under its file's name, or gif:BINS
+    /// for the filter alone; transfer pictures are crafted once for all of them
     #[arg(long, value_name = "ANCHOR,...", value_delimiter = ',')]
-    also: Vec<PathBuf>,
+    also: Vec<String>,
     /// Write the adversarial pictures as PNG into the run's folder
     #[arg(long)]
     save_pictures: bool,
     #[command(flatten)]
     flags: RunFlags,
+}
+
+/// A defence of `--also` with its name in figures.
+fn other(text: &str) -> radapt::Result<(String, DefenseOptions)> {
+    let (name, anchor, cutoff) = match text.strip_prefix("gif:") {
+        Some(bins) => {
+            let wrong = || argument("--also", "an anchor, or gif:BINS with a number of bins", text);
+            (text.to_string(), AnchorChoice::None, Some(bins.parse().map_err(|_| wrong())?))
+        }
+        None => {
+            let path = PathBuf::from(text);
+            let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
+            (stem.unwrap_or_else(|| text.to_string()), AnchorChoice::File(path), None)
+        }
+    };
+    Ok((name, DefenseOptions { anchor, cutoff, ..DefenseOptions::default() }))
 }
 
 pub fn parse_threat(text: &str) -> Result<ThreatChoice, String> {
@@ -85,19 +102,7 @@ impl ClassifyCommand {
             ablate: self.ablate,
             undefended: !self.defended_only,
             save: self.save_pictures,
-            others: self
-                .also
-                .iter()
-                .map(|anchor| {
-                    let name =
-                        anchor.file_stem().map_or("none".into(), |stem| stem.to_string_lossy().into_owned());
-                    let options = DefenseOptions {
-                        anchor: AnchorChoice::File(anchor.clone()),
-                        ..DefenseOptions::default()
-                    };
-                    (name, options)
-                })
-                .collect(),
+            others: self.also.iter().map(|text| other(text)).collect::<radapt::Result<_>>()?,
             flagged: true,
         };
         self.flags.run(global, &what)
