@@ -19,7 +19,9 @@ use radapt::model::{Lookup, Model};
 use radapt::text::ZeroShotHead;
 use radapt::tower::Precision;
 use radapt::tower::clip::Clip;
-use radapt::train::{Examples, Goal, Optimizer, Plan, Schedule, Trained, Training, TrainingSet, epoch_order};
+use radapt::train::{
+    Examples, Goal, Keep, Optimizer, Plan, Schedule, Trained, Training, TrainingSet, epoch_order,
+};
 use serde_json::{Value, json};
 
 /// What the fixture was made with.
@@ -85,7 +87,7 @@ fn trained(training: &Training) -> Trained {
 #[test]
 fn the_paper_s_plan_is_its_preset() {
     let (plan, preset) = (Plan::paper(40.0), radapt::defense::presets::find("plus").unwrap());
-    assert_eq!((plan.alpha, plan.beta, plan.cutoff), (preset.alpha, preset.beta, Some(preset.cutoff)));
+    assert_eq!((plan.alpha, plan.beta, plan.cutoff), (preset.alpha, preset.beta, preset.cutoff));
     assert_eq!((plan.epochs, plan.eps, plan.examples), (10, Eps::of_255(4), Examples::Static));
 }
 
@@ -233,6 +235,56 @@ fn a_training_goes_on_from_every_state() {
 }
 
 #[test]
+fn the_last_epoch_is_kept_where_that_is_asked_for() {
+    let tiny = Tiny::new();
+    let held_out = tiny.set.clone().sample(12, 3);
+    let plan = Plan { optimizer: Optimizer::Adam { rate: 3.0 }, epochs: 3, ..tiny.plan() };
+    let last =
+        trained(&tiny.training(Plan { keep: Keep::Last, ..plan.clone() }, tiny.goal(), Some(&held_out)));
+    let alone = trained(&tiny.training(plan, tiny.goal(), None));
+    assert_eq!((last.epoch, alone.epoch), (3, 3));
+    assert_eq!(values(&last.anchor), values(&alone.anchor));
+}
+
+#[test]
+fn shared_pictures_are_crafted_once_and_change_nothing() {
+    let tiny = Tiny::new();
+    let plan = Plan { eps: Eps::of_255(4), epochs: 2, ..tiny.plan() };
+    let alone = trained(&tiny.training(plan.clone(), tiny.goal(), None));
+    let folder = tempfile::tempdir().unwrap();
+    let shared = folder.path().join("shared");
+    let sharing =
+        |plan: Plan| Training { pictures: Some(shared.clone()), ..tiny.training(plan, tiny.goal(), None) };
+    let found = run(&sharing(plan.clone()), &folder.path().join("a")).unwrap();
+    assert_eq!(values(&found.anchor), values(&alone.anchor));
+    let written = |name: &str| std::fs::metadata(shared.join(name)).unwrap().modified().unwrap();
+    let before = written("crafted.u8");
+    // Another learning rate has the same pictures, another radius has not.
+    let rate = Plan { optimizer: Optimizer::Adam { rate: 0.1 }, ..plan.clone() };
+    run(&sharing(rate), &folder.path().join("b")).unwrap();
+    assert_eq!(written("crafted.u8"), before);
+    let eps = Plan { eps: Eps::of_255(5), ..plan.clone() };
+    let error = run(&sharing(eps), &folder.path().join("c")).unwrap_err().to_string();
+    assert!(error.contains("this is another run: plan.crafted.eps was"), "{error}");
+    let error = run(&sharing(plan), &shared).unwrap_err().to_string();
+    assert!(error.contains("a folder of their own"), "{error}");
+}
+
+#[test]
+fn pictures_are_split_without_overlap() {
+    let tiny = Tiny::new();
+    let ids = |set: &LabelledSet| set.items().iter().map(|item| item.id.clone()).collect::<Vec<_>>();
+    let (train, held_out) = tiny.set.clone().split(15, 9, 1).unwrap();
+    assert_eq!((train.items().len(), held_out.items().len()), (15, 9));
+    let mut both: Vec<String> = ids(&train).into_iter().chain(ids(&held_out)).collect();
+    both.sort();
+    assert_eq!(both, ids(&tiny.set));
+    assert_eq!(ids(&train), ids(&tiny.set.clone().split(15, 3, 1).unwrap().0));
+    assert_ne!(ids(&train), ids(&tiny.set.clone().split(15, 9, 2).unwrap().0));
+    assert!(tiny.set.clone().split(15, 10, 1).is_err());
+}
+
+#[test]
 fn plans_that_cannot_be_are_refused_before_any_work() {
     let tiny = Tiny::new();
     let refused = |plan: Plan, goal: Goal, part: &str| {
@@ -247,6 +299,8 @@ fn plans_that_cannot_be_are_refused_before_any_work() {
     refused(Plan { patience: Some(3), ..tiny.plan() }, tiny.goal(), "held-out");
     refused(Plan { attack: "cw-l2".into(), ..tiny.plan() }, tiny.goal(), "within a ball");
     refused(Plan { attack: "apgd-t".into(), ..tiny.plan() }, tiny.goal(), "3 classes");
+    refused(Plan { alpha: f64::NAN, ..tiny.plan() }, tiny.goal(), "alpha");
+    refused(Plan { cutoff: 0.0, ..tiny.plan() }, tiny.goal(), "cutoff");
     let rate = Optimizer::Adam { rate: f64::NAN };
     refused(Plan { optimizer: rate, ..tiny.plan() }, tiny.goal(), "learning rate");
     let embedding = Goal::Embedding { feature: Feature::Embeds };
@@ -283,6 +337,8 @@ fn small<'a>(out: &'a Path, more: &[&'a str]) -> Vec<&'a str> {
         "30",
         "--held-out",
         "10",
+        "--validate",
+        "12",
         "--epochs",
         "2",
         "--batch",
@@ -302,11 +358,15 @@ fn small<'a>(out: &'a Path, more: &[&'a str]) -> Vec<&'a str> {
 #[test]
 fn killed_and_resumed_it_writes_the_same_bytes() {
     let folder = tempfile::tempdir().unwrap();
-    for more in
-        [&["--validation-attack", "none"][..], &["--validation-attack", "pgd", "--examples", "adaptive"]]
+    for (i, more) in [
+        &["--objective", "embedding", "--rate", "0.003"][..],
+        &["--validation-attack", "pgd", "--examples", "adaptive"],
+    ]
+    .into_iter()
+    .enumerate()
     {
-        let straight = folder.path().join(format!("straight{}.safetensors", more.len()));
-        let killed = folder.path().join(format!("killed{}.safetensors", more.len()));
+        let straight = folder.path().join(format!("straight{i}.safetensors"));
+        let killed = folder.path().join(format!("killed{i}.safetensors"));
         let whole = output(&small(&straight, more));
         assert!(whole.status.success(), "{}", text(&whole.stderr));
         let resume: Vec<&str> = more.iter().copied().chain(["--resume"]).collect();
@@ -352,7 +412,7 @@ fn the_anchor_says_how_it_was_made_and_every_figure_its_threat() {
     // Three models, clean and under both threats.
     assert_eq!(rows.len(), 9);
     assert_eq!(rows.iter().filter(|row| row.attacked.is_none()).count(), 3);
-    assert!(rows.iter().all(|row| row.n == 10));
+    assert!(rows.iter().all(|row| row.n == 12));
     let raw: Value = serde_json::from_str(&of("validation")).unwrap();
     for row in raw.as_array().unwrap() {
         assert_eq!(row["attack"].is_null(), row["threat"].is_null(), "{row}");
@@ -362,6 +422,15 @@ fn the_anchor_says_how_it_was_made_and_every_figure_its_threat() {
         let checked = output(&["anchor", "check", out.to_str().unwrap(), "--model", model]);
         assert!(checked.status.success(), "{model}: {}", text(&checked.stderr));
     }
+    // It is where another begins.
+    let next = folder.path().join("b.safetensors");
+    let mut begun = small(&next, &["--initial", out.to_str().unwrap()]);
+    let validate = begun.iter().position(|word| *word == "--validate").unwrap();
+    begun[validate + 1] = "0";
+    let done = output(&begun);
+    assert!(done.status.success(), "{}", text(&done.stderr));
+    let from = Anchor::load(&next).unwrap().meta.training;
+    assert!(from["initial"].contains("a.safetensors") && !from.contains_key("validation"));
     // There is one already.
     let again = output(&small(&out, &[]));
     assert_eq!(again.status.code(), Some(1));
@@ -400,6 +469,9 @@ fn wrong_flags_are_refused() {
         (&["--clean-share", "1"], "clean share"),
         (&["--schedule", "linear"], "schedule"),
         (&["--validation-attack", "strong"], "attack"),
+        (&["--objective", "embedding", "--validation-attack", "apgd-ce"], "--validation-attack"),
+        (&["--patience", "0"], "patience"),
+        (&["--cutoff", "0"], "cutoff"),
         (&["--objective", "embedding", "--attack", "apgd-ce"], "pgd"),
     ] {
         let refused = output(&small(&out, more));
@@ -409,5 +481,5 @@ fn wrong_flags_are_refused() {
     }
     let few = path("training/pictures");
     let refused = output(&small(&out, &["--data", few.to_str().unwrap()]));
-    assert!(text(&refused.stderr).contains("30 pictures and 10 held out"), "{}", text(&refused.stderr));
+    assert!(text(&refused.stderr).contains("40 pictures and 12 others"), "{}", text(&refused.stderr));
 }

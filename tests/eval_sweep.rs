@@ -22,8 +22,10 @@ fn json(output: &Output) -> Value {
 }
 
 fn sweep<'a>(out: &'a Path, more: &[&'a str]) -> Vec<&'a str> {
-    let mut all =
-        vec!["eval", "sweep", "--json", "--n", "6", "--attack", "pgd", "--steps", "2", "--eps", "8/255"];
+    let mut all = vec!["eval", "sweep", "--json", "--n", "6", "--steps", "2", "--eps", "8/255"];
+    if !more.contains(&"--attack") {
+        all.extend(["--attack", "pgd"]);
+    }
     all.extend(["--out", out.to_str().unwrap()]);
     all.extend(more);
     all
@@ -44,10 +46,10 @@ fn right(rows: &[Row], name: &str) -> Vec<usize> {
 fn settings_of_an_anchor_are_swept_and_scored_as_classify_does() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("s");
-    let more = ["--alphas", "0.4,1.2", "--cutoffs", "10,17.142857142857142", "--beta", "0"];
+    let more = ["--alphas", "0.4,1.2", "--cutoffs", "10,17.142857142857142"];
     let document = json(&run(&sweep(&out, &more)));
     assert_eq!(document["schema_version"], 1);
-    // alpha 1.2 is the base, and beta follows alpha; the base's cutoff is the built-in one.
+    // Along alpha beta follows, by the paper's rule; along the cutoff both are the anchor's.
     let names: Vec<&str> =
         document["points"].as_array().unwrap().iter().map(|p| p["name"].as_str().unwrap()).collect();
     assert_eq!(
@@ -55,7 +57,8 @@ fn settings_of_an_anchor_are_swept_and_scored_as_classify_does() {
         [
             "alpha 0.4, beta 0.6, cutoff 17.142857142857142",
             "alpha 1.2, beta 0, cutoff 17.142857142857142",
-            "alpha 1.2, beta 0, cutoff 10",
+            "alpha 1.2, beta -0.8, cutoff 10",
+            "alpha 1.2, beta -0.8, cutoff 17.142857142857142",
         ]
     );
     let found = rows(&document);
@@ -89,12 +92,35 @@ fn settings_of_an_anchor_are_swept_and_scored_as_classify_does() {
         assert!(text.contains("transfer") && text.contains("adaptive"), "{file} names its threat models");
     }
     let csv = std::fs::read_to_string(out.join("sweep.csv")).unwrap();
-    assert_eq!(csv.lines().count(), 1 + 3 * names.len());
+    assert_eq!(csv.lines().count(), 1 + 3 * (names.len() + 1));
     // It is there already; going on with it changes nothing.
     let again = run(&sweep(&out, &more));
     assert_eq!(again.status.code(), Some(1));
     let resumed: Vec<&str> = more.into_iter().chain(["--resume"]).collect();
     assert_eq!(json(&run(&sweep(&out, &resumed))), document);
+}
+
+#[test]
+fn a_grid_has_every_combination_and_several_attacks_their_own_lines() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("s");
+    let more =
+        ["--alphas", "0.4,0.8", "--cutoffs", "10,20", "--beta", "0.1", "--grid", "--attack", "pgd,square"];
+    let more: Vec<&str> = more.into_iter().chain(["--queries", "5"]).collect();
+    let document = json(&run(&sweep(&out, &more)));
+    let points = document["points"].as_array().unwrap();
+    assert_eq!(points.len(), 4);
+    assert!(points.iter().all(|point| point["point"]["beta"] == 0.1), "beta was given");
+    let csv = std::fs::read_to_string(out.join("sweep.csv")).unwrap();
+    // Clean, two attacks and the worst of them, under both threats; five models.
+    assert_eq!(csv.lines().count(), 1 + 5 * (1 + 2 * 3));
+    assert!(csv.lines().all(|line| line.ends_with(char::is_numeric) || line.ends_with("high")), "{csv}");
+    let plot = std::fs::read_to_string(out.join("alpha-square-8of255.svg")).unwrap();
+    assert_eq!(plot.matches("<circle").count(), 2 * 3);
+    // One part alone.
+    let gif = folder.path().join("g");
+    let alone = json(&run(&sweep(&gif, &["--cutoffs", "10,20", "--no-fra"])));
+    assert_eq!(alone["points"].as_array().unwrap().len(), 2);
 }
 
 #[test]
@@ -150,6 +176,10 @@ fn sweeps_that_make_no_sense_are_refused() {
         (&["--alphas", "1", "--anchor", "none"], "--anchor"),
         (&["--epochs", "1", "--anchor", "pocket-white"], "--anchor"),
         (&["--alphas", "1", "--", "--out", "x"], "--out"),
+        (&["--alphas", "1", "--", "--dtype", "bf16"], "--dtype"),
+        (&["--alphas", "1", "--", "--data", "pocket"], "--data"),
+        (&["--epochs", "1", "--alpha", "0.5"], "--alpha"),
+        (&["--epochs", "1", "--restarts", "5"], "--restarts"),
         (&["--alphas", "1", "--", "--rates", "1"], "--rates"),
         (&["--alphas", "1", "--shard", "1/2"], "--shard"),
     ] {

@@ -51,6 +51,7 @@ pub use fab::Fab;
 pub use feature::{Direction, Feature, FeatureObjective};
 pub use loss::{Loss, LossValues};
 pub use mixed::Mixed;
+pub(crate) use named::with_settings;
 pub use named::{NAMES, Named, Settings};
 pub use objective::{
     Classification, ClassificationObjective, Classifier, Evaluation, Goal, Objective, in_batches,

@@ -110,6 +110,17 @@ impl Settings {
     }
 }
 
+/// PGD with other settings; a step of the presets is a share of eps by the number of steps.
+pub(crate) fn with_settings(pgd: Pgd, settings: &Settings) -> Pgd {
+    let steps = settings.steps.unwrap_or(pgd.steps);
+    Pgd {
+        alpha: pgd.alpha * pgd.steps as f64 / steps.max(1) as f64,
+        steps,
+        stop_when_fooled: settings.stop_when_fooled,
+        ..pgd
+    }
+}
+
 fn plain(name: &str, eps: Eps, settings: &Settings, plus: bool, eot: usize) -> Result<Boxed> {
     let Some((known, _)) = NAMES.iter().find(|(known, _)| *known == name && !known.starts_with("autoattack"))
     else {
@@ -132,16 +143,7 @@ fn plain(name: &str, eps: Eps, settings: &Settings, plus: bool, eot: usize) -> R
         stop_when_fooled: settings.stop_when_fooled,
         ..Fab::standard(eps)
     };
-    // A step of the presets is a share of eps by the number of steps.
-    let pgd = |pgd: Pgd| {
-        let steps = settings.steps.unwrap_or(pgd.steps);
-        Pgd {
-            alpha: pgd.alpha * pgd.steps as f64 / steps.max(1) as f64,
-            steps,
-            stop_when_fooled: settings.stop_when_fooled,
-            ..pgd
-        }
-    };
+    let pgd = |pgd| with_settings(pgd, settings);
     Ok(match *known {
         "pgd" => Box::new(pgd(Pgd::new(eps)).on(Loss::CrossEntropy)),
         "pgd-csr" => {

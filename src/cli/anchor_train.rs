@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use candle_core::{Device, Tensor};
 use clap::{Args, ValueEnum};
-use radapt::attack::{Eps, Feature, Settings, Subject, ThreatKind};
+use radapt::attack::{Eps, Feature, Named, Settings, Subject, ThreatKind};
 use radapt::data::{LabelledSet, registry};
 use radapt::defense::acquire::training_free;
 use radapt::defense::{self, AnchorMeta, Defense, Fra, Gif, default_cutoff};
@@ -16,7 +16,9 @@ use radapt::image::Preprocess;
 use radapt::model::{Model, ModelKind};
 use radapt::text::ZeroShotHead;
 use radapt::tower::VisionTower;
-use radapt::train::{Examples, Goal, Optimizer, Plan, Schedule, TRAINED_MIX, Trained, Training, TrainingSet};
+use radapt::train::{
+    Epoch, Examples, Goal, Keep, Optimizer, Plan, Schedule, TRAINED_MIX, Trained, Training, TrainingSet,
+};
 use serde_json::{Value, json};
 
 use super::anchor::fields;
@@ -49,9 +51,9 @@ pub struct Train {
     /// where not given
     #[arg(long, value_name = "ANCHOR")]
     initial: Option<PathBuf>,
-    /// The attack of the validation at the end, or none
-    #[arg(long, value_name = "ATTACK", default_value = "apgd-ce")]
-    pub validation_attack: String,
+    /// The attack of the validation at the end; apgd-ce where not given, pgd on features
+    #[arg(long, value_name = "ATTACK")]
+    pub validation_attack: Option<String>,
     /// Steps between two states on disk; the anchor does not depend on it
     #[arg(long, value_name = "STEPS", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..))]
     save_every: u64,
@@ -65,13 +67,16 @@ pub struct Train {
 pub struct TrainingPictures {
     /// Labelled pictures, as `eval classify --data`
     #[arg(long, value_name = "PATH", default_value = "pocket:train")]
-    data: String,
+    pub data: String,
     /// Pictures to train on, a seeded sample
     #[arg(long, value_name = "N", default_value_t = 2000, value_parser = clap::value_parser!(u64).range(1..))]
     pub n: u64,
-    /// Other pictures of the same data that choose the best epoch and validate; 0 for none
+    /// Other pictures of the same data that choose the epoch; 0 for none, which keeps the last
     #[arg(long, value_name = "N", default_value_t = 200)]
-    held_out: u64,
+    pub held_out: u64,
+    /// Yet others for the clean, transfer and adaptive figures in the anchor's metadata; 0 for none
+    #[arg(long, value_name = "N", default_value_t = 200)]
+    pub validate: u64,
     /// Which registered set the data is, where its name does not tell
     #[arg(long, value_name = "NAME")]
     dataset: Option<String>,
@@ -137,6 +142,15 @@ pub struct Recipe {
     /// Stop after this many epochs without a lower held-out loss
     #[arg(long, value_name = "EPOCHS")]
     pub patience: Option<usize>,
+    /// Keep the anchor of the epoch with the lowest held-out loss, or of the last
+    #[arg(long, value_name = "WHICH", default_value = "best")]
+    pub keep: KeepFlag,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum KeepFlag {
+    Best,
+    Last,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -158,18 +172,19 @@ pub enum OptimizerFlag {
 }
 
 impl TrainingPictures {
-    /// The pictures to train on, and those held out.
+    /// The pictures to train on, those held out and those to validate on.
     pub fn open(
         &self,
         seed: u64,
         size: u32,
         offline: bool,
-    ) -> radapt::Result<(LabelledSet, Option<LabelledSet>)> {
-        let whole = self.n.saturating_add(self.held_out);
+    ) -> radapt::Result<(LabelledSet, Option<LabelledSet>, Option<LabelledSet>)> {
+        let whole = self.n.saturating_add(self.held_out).saturating_add(self.validate);
+        let drawn = self.data == "pocket" || self.data.starts_with("pocket:");
         let flags = DataFlags {
             data: self.data.clone(),
             // Scenes without number; of files all, to be drawn from.
-            n: self.data.starts_with("pocket").then_some(whole),
+            n: drawn.then_some(whole),
             first: true,
             dataset: self.dataset.clone(),
             classes: self.classes.clone(),
@@ -177,8 +192,10 @@ impl TrainingPictures {
         };
         let set = flags.open(seed, size, offline)?;
         let number = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
-        let (train, held_out) = set.split(number(self.n), number(self.held_out), seed)?;
-        Ok((train, (self.held_out > 0).then_some(held_out)))
+        let (rest, validate) =
+            set.split(number(self.n.saturating_add(self.held_out)), number(self.validate), seed)?;
+        let (train, held_out) = rest.split(number(self.n), number(self.held_out), seed)?;
+        Ok((train, (self.held_out > 0).then_some(held_out), (self.validate > 0).then_some(validate)))
     }
 
     fn templates(&self, set: &LabelledSet) -> radapt::Result<Vec<String>> {
@@ -212,7 +229,7 @@ impl Recipe {
         Ok(Plan {
             alpha: self.alpha,
             beta: self.beta,
-            cutoff: Some(self.cutoff.unwrap_or(default_cutoff(image_size))),
+            cutoff: self.cutoff.unwrap_or(default_cutoff(image_size)),
             examples: match self.examples {
                 ExamplesFlag::Static => Examples::Static,
                 ExamplesFlag::Adaptive => Examples::Adaptive,
@@ -226,6 +243,10 @@ impl Recipe {
             optimizer,
             schedule: self.schedule,
             patience: self.patience,
+            keep: match self.keep {
+                KeepFlag::Best => Keep::Best,
+                KeepFlag::Last => Keep::Last,
+            },
             seed,
         })
     }
@@ -240,6 +261,9 @@ struct Ground {
     templates: Vec<String>,
     train: LabelledSet,
     held_out: Option<LabelledSet>,
+    validate: Option<LabelledSet>,
+    /// Whether they are of the split that evaluations score.
+    evaluated: bool,
     device: Device,
 }
 
@@ -258,12 +282,34 @@ impl Train {
         spinner.finish_and_clear();
         let spec = ground.towers.exact.spec().clone();
         let plan = self.recipe.plan(spec.image_size, global.seed)?;
-        let validation = (self.validation_attack != "none" && ground.held_out.is_some()).then(|| {
-            AttackPlan { name: self.validation_attack.clone(), eps: plan.eps, settings: Settings::default() }
-        });
-        if let Some(attack) = &validation {
-            // Before hours of training.
-            radapt::attack::Named::new(&attack.name, attack.eps, &attack.settings)?;
+        let attack = self.validation_attack.as_deref();
+        let attack = attack.unwrap_or(if ground.head.is_some() { "apgd-ce" } else { "pgd" });
+        let validation =
+            AttackPlan { name: attack.to_string(), eps: plan.eps, settings: Settings::default() };
+        let named = Named::new(&validation.name, validation.eps, &validation.settings)?;
+        match &ground.head {
+            None if attack != "pgd" => {
+                return Err(argument("--validation-attack", "pgd for features", attack).into());
+            }
+            Some(head) if named.as_attack().fewest_classes() > head.classes.len() => {
+                let expected = format!("one that works with {} classes", head.classes.len());
+                return Err(argument("--validation-attack", &expected, attack).into());
+            }
+            _ => {}
+        }
+        // Before hours of training.
+        let parent = self.out.parent().filter(|parent| !parent.as_os_str().is_empty());
+        if let Some(parent) = parent.filter(|parent| !parent.is_dir()) {
+            return Err(
+                argument("--out", "a file in a folder that is there", &parent.display().to_string()).into()
+            );
+        }
+        if ground.evaluated {
+            global.say(format_args!(
+                "warning: `{}` is the split that `eval classify` scores; figures of this anchor on it are \
+                 not on held-out pictures",
+                self.pictures.data
+            ));
         }
         let (initial, initial_name) = match &self.initial {
             None => (training_free(&ground.towers.exact)?, None),
@@ -308,38 +354,34 @@ impl Train {
             "templates": ground.templates,
         }))?;
         let bar = global.bar("", 0);
+        let mut stage = String::new();
+        let examples = training.plan.examples;
         let mut told = |done: &radapt::train::Progress| {
             bar.set_length(done.of as u64);
             bar.set_position(done.done as u64);
+            let now = done.now.split(' ').next().unwrap_or_default();
+            if stage != now {
+                // Another kind of work goes at another pace.
+                stage = now.to_string();
+                bar.reset_eta();
+            }
             let loss = done.loss.map(|loss| format!(", loss {loss:.4}")).unwrap_or_default();
             bar.set_message(format!("{}{loss}", done.now));
+            if let Some(epoch) = &done.ended {
+                bar.suspend(|| say_epoch(global, epoch, examples));
+            }
         };
         let trained = training.run(&work, decides.clone(), self.resume, &mut told)?;
-        for epoch in &trained.epochs {
-            if let Some(held_out) = &epoch.held_out {
-                let percent = |name: &str, value: Option<f64>| {
-                    value.map(|value| format!(", {name} {value:.1} %")).unwrap_or_default()
-                };
-                global.say(format_args!(
-                    "epoch {}: held-out loss {:.4}{}{}",
-                    epoch.epoch,
-                    held_out.loss,
-                    percent("clean right", held_out.clean),
-                    percent(
-                        match training.plan.examples {
-                            Examples::Static => "attacked (transfer) right",
-                            Examples::Adaptive => "attacked (adaptive) right",
-                        },
-                        held_out.adversarial
-                    ),
-                ));
-            }
+        bar.finish_and_clear();
+        if trained.epoch == 0 {
+            global.say("warning: no epoch came out better than the anchor it began with, which is kept");
         }
-        let rows = match &validation {
+        let rows = match &ground.validate {
             None => Vec::new(),
-            Some(_) if ground.head.is_none() => distances(&training, &trained, &work, &mut told)?,
-            Some(attack) => {
-                let found = self.validate(global, &ground, &training, &trained, attack, &decides, &work)?;
+            Some(set) if ground.head.is_none() => distances(&ground, &training, &trained, set, &mut told)?,
+            Some(set) => {
+                let found =
+                    self.validate(global, &ground, set, &training, &trained, &validation, &decides, &work)?;
                 global.say(row_table(&found));
                 found.iter().map(serde_json::to_value).collect::<Result<_, _>>()?
             }
@@ -347,7 +389,8 @@ impl Train {
         bar.finish_and_clear();
 
         let mut more = trained.metadata(&training.plan, &training.goal);
-        more.insert("data".into(), ground.train.name().into());
+        let data = json!({ "name": ground.train.name(), "digest": ground.train.digest() });
+        more.insert("data".into(), data.to_string());
         if ground.head.is_some() {
             more.insert("templates".into(), Value::from(ground.templates.clone()).to_string());
         }
@@ -373,7 +416,7 @@ impl Train {
                 contract: ground.preprocess.contract,
                 alpha: plan.alpha,
                 beta: plan.beta,
-                cutoff: plan.cutoff.unwrap_or(default_cutoff(spec.image_size)),
+                cutoff: plan.cutoff,
                 training: more,
             },
         };
@@ -409,7 +452,11 @@ impl Train {
         }
         let preprocess = model.preprocess(options.contract)?;
         let side = model.tower_config()?.image_size as u32;
-        let (train, held_out) = self.pictures.open(seed, side, options.offline)?;
+        let (train, held_out, validate) = self.pictures.open(seed, side, options.offline)?;
+        // A name or a Hub id stands for the split that is scored.
+        let data = Path::new(&self.pictures.data);
+        let evaluated = matches!(self.pictures.data.as_str(), "pocket" | "pocket:test")
+            || !data.exists() && !self.pictures.data.starts_with("pocket:");
         let (head, templates) = match self.recipe.objective {
             Objective::Embedding => (None, Vec::new()),
             Objective::Ce => {
@@ -421,23 +468,35 @@ impl Train {
             }
         };
         let towers = Towers::load(&model, &preprocess, options.dtype(), &device)?;
-        Ok(Ground { model, preprocess, towers, head, templates, train, held_out, device })
+        Ok(Ground {
+            model,
+            preprocess,
+            towers,
+            head,
+            templates,
+            train,
+            held_out,
+            validate,
+            evaluated,
+            device,
+        })
     }
 
-    /// Clean, transfer and adaptive figures on the held-out pictures: undefended, GIF alone, and
-    /// GIF with the anchor.
+    /// Clean, transfer and adaptive figures on pictures that had no part in the training: undefended,
+    /// GIF alone, and GIF with the anchor.
     #[expect(clippy::too_many_arguments, reason = "each is another thing")]
     fn validate(
         &self,
         global: &Global,
         ground: &Ground,
+        set: &LabelledSet,
         training: &Training,
         trained: &Trained,
         attack: &AttackPlan,
         decides: &Value,
         work: &Path,
     ) -> anyhow::Result<Vec<Row>> {
-        let (Some(head), Some(set)) = (&ground.head, &ground.held_out) else {
+        let Some(head) = &ground.head else {
             return Ok(Vec::new());
         };
         let towers = &ground.towers;
@@ -471,7 +530,7 @@ impl Train {
         };
         let decides = classify.decides(json!({ "model": decides["model"], "training": decides }))?;
         let manifest = Manifest::new(decides, None, classify.items(None)?);
-        let mut run = Run::open(&work.join("validation"), manifest, true)?;
+        let mut run = Run::open(&work.join(format!("validation-{}", attack.name)), manifest, true)?;
         let bar = global.bar("", 0);
         let summary = classify.run(&mut run, &mut |done| {
             bar.set_length(done.of as u64);
@@ -488,8 +547,7 @@ fn defenses(training: &Training, anchor: &Tensor) -> radapt::Result<Vec<(&'stati
     let plan = &training.plan;
     let spec = training.tower.spec();
     let (side, device) = (spec.image_size, training.tower.device());
-    let gif =
-        plan.cutoff.map(|cutoff| Gif::new(side, side, cutoff, device)).transpose()?.map(std::sync::Arc::new);
+    let gif = Some(std::sync::Arc::new(Gif::new(side, side, plan.cutoff, device)?));
     let fra = std::sync::Arc::new(Fra::new(anchor, plan.alpha, plan.beta, device)?);
     let alone = Defense { gif: gif.clone(), ..Defense::default() };
     let both = Defense { gif, fra: Some(fra), anchor: Some("trained".into()), method: Some(Trained::METHOD) };
@@ -505,25 +563,28 @@ fn feature(model: &Model, spec: &radapt::tower::TowerSpec) -> radapt::Result<Fea
     })
 }
 
-/// The validation of a training on features, rows as in the metadata.
+/// The validation of a training on features: mean distances from the undefended tower's clean ones.
 fn distances(
+    ground: &Ground,
     training: &Training,
     trained: &Trained,
-    work: &Path,
+    set: &LabelledSet,
     told: &mut dyn FnMut(&radapt::train::Progress),
 ) -> anyhow::Result<Vec<Value>> {
+    let (names, defenses): (Vec<_>, Vec<_>) = defenses(training, &trained.anchor)?.into_iter().unzip();
     let mut rows = Vec::new();
-    for (name, defense) in defenses(training, &trained.anchor)? {
-        let found = training.distances(work, &defense, told)?;
-        let n = training.data.held_out.map_or(0, |set| set.items().len());
+    for (name, found) in names.into_iter().zip(training.distances(set, &defenses, told)?) {
         let row = |threat: Option<ThreatKind>, value: f64| {
             json!({
                 "task": "embedding",
+                "measure": "squared distance over squared length",
+                "dataset": set.name(),
                 "defense": name,
                 "attack": threat.map(|_| "pgd"),
                 "eps": threat.map(|_| training.plan.eps),
                 "threat": threat,
-                "n": n,
+                "surrogate": threat.filter(|kind| *kind == ThreatKind::Transfer).map(|_| &ground.model.name),
+                "n": found.n,
                 "value": value,
             })
         };
@@ -532,4 +593,25 @@ fn distances(
         rows.push(row(Some(ThreatKind::Adaptive), found.adaptive));
     }
     Ok(rows)
+}
+
+/// A line about an epoch, its attacked figure with its threat model.
+fn say_epoch(global: &Global, epoch: &Epoch, examples: Examples) {
+    let Some(held_out) = &epoch.held_out else {
+        return;
+    };
+    let percent = |name: &str, value: Option<f64>| {
+        value.map(|value| format!(", {name} {value:.1} %")).unwrap_or_default()
+    };
+    let threat = match examples {
+        Examples::Static => "attacked (transfer) right",
+        Examples::Adaptive => "attacked (adaptive) right",
+    };
+    global.say(format_args!(
+        "epoch {}: held-out loss {:.4}{}{}",
+        epoch.epoch,
+        held_out.loss,
+        percent("clean right", held_out.clean),
+        percent(threat, held_out.adversarial)
+    ));
 }

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use candle_core::{DType, Device};
 use clap::Args;
-use radapt::attack::{Classifier, Eps, Mixed, Settings, Subject, ThreatKind, TowerClassifier};
+use radapt::attack::{Classifier, Eps, Mixed, Named, Settings, Subject, ThreatKind, TowerClassifier};
 use radapt::defense::{AnchorChoice, Defense, DefenseOptions};
 use radapt::eval::classify::{AttackPlan, Classify, Model as UnderTest};
 use radapt::eval::run::{Manifest, Run};
@@ -29,7 +29,7 @@ pub struct RunFlags {
     #[command(flatten)]
     pub model: ModelOptions,
     #[command(flatten)]
-    data: DataFlags,
+    pub data: DataFlags,
     #[command(flatten)]
     pub defense: DefenseFlags,
     /// Another model to craft transfer pictures on, undefended; the model itself where not given
@@ -116,6 +116,44 @@ impl RunFlags {
         Ok(if summary.failed > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS })
     }
 
+    /// What is changed of the attacks.
+    ///
+    /// # Errors
+    /// If none of them has a use for it, one is unknown or needs other classes or threats.
+    fn settings(&self, what: &What) -> anyhow::Result<Settings> {
+        let settings = Settings {
+            steps: self.steps,
+            restarts: self.restarts,
+            targets: self.targets,
+            queries: self.queries,
+            stop_when_fooled: self.early_stop,
+        };
+        if let Some(flag) = settings.unused_by(&what.attacks) {
+            let found = if what.attacks.is_empty() { "no attack".into() } else { what.attacks.join(", ") };
+            return Err(argument(flag, "an attack that has a use for it", &found).into());
+        }
+        for name in &what.attacks {
+            for &eps in &what.eps {
+                Named::new(name, eps, &settings)?;
+            }
+        }
+        if self.early_stop && what.threats.contains(&ThreatKind::Transfer) {
+            let expected = "adaptive attacks alone: what has just fooled one model rarely fools another";
+            return Err(argument("--early-stop", expected, "--threat transfer or both").into());
+        }
+        Ok(settings)
+    }
+
+    /// Whether a run of this could begin: its attacks, its data, its prompts.
+    pub fn check(&self, global: &Global, what: &What) -> anyhow::Result<()> {
+        self.settings(what)?;
+        let options = ModelOptions { model: with_text(&self.model.model), ..self.model.clone() };
+        let side = options.find()?.tower_config()?.image_size as u32;
+        let set = self.data.open(global.seed, side, options.offline)?;
+        self.data.templates(&set)?;
+        Ok(())
+    }
+
     pub fn summary(&self, global: &Global, what: &What) -> anyhow::Result<Summary> {
         let device = self.model.device()?;
         let options = ModelOptions { model: with_text(&self.model.model), ..self.model.clone() };
@@ -193,17 +231,7 @@ impl RunFlags {
         };
         spinner.finish_and_clear();
 
-        let settings = Settings {
-            steps: self.steps,
-            restarts: self.restarts,
-            targets: self.targets,
-            queries: self.queries,
-            stop_when_fooled: self.early_stop,
-        };
-        if let Some(flag) = settings.unused_by(&what.attacks) {
-            let found = if what.attacks.is_empty() { "no attack".into() } else { what.attacks.join(", ") };
-            return Err(argument(flag, "an attack that has a use for it", &found).into());
-        }
+        let settings = self.settings(what)?;
         let plan = |name: &String, eps: &Eps| AttackPlan {
             name: name.clone(),
             eps: *eps,

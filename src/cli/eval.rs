@@ -74,7 +74,7 @@ pub struct ClassifyCommand {
 }
 
 /// A defence of `--also` with its name in figures.
-fn other(text: &str) -> radapt::Result<(String, DefenseOptions)> {
+fn other(text: &str, allow_mismatch: bool) -> radapt::Result<(String, DefenseOptions)> {
     let (name, anchor, cutoff) = match text.strip_prefix("gif:") {
         Some(bins) => {
             let wrong = || argument("--also", "an anchor, or gif:BINS with a number of bins", text);
@@ -86,7 +86,10 @@ fn other(text: &str) -> radapt::Result<(String, DefenseOptions)> {
             (stem.unwrap_or_else(|| text.to_string()), AnchorChoice::File(path), None)
         }
     };
-    Ok((name, DefenseOptions { anchor, cutoff, ..DefenseOptions::default() }))
+    if matches!(name.as_str(), "none" | "gif" | "fra" | "gif+fra") {
+        return Err(argument("--also", "an anchor file by another name, which figures use", text));
+    }
+    Ok((name, DefenseOptions { anchor, cutoff, allow_mismatch, ..DefenseOptions::default() }))
 }
 
 pub fn parse_threat(text: &str) -> Result<ThreatChoice, String> {
@@ -95,6 +98,7 @@ pub fn parse_threat(text: &str) -> Result<ThreatChoice, String> {
 
 impl ClassifyCommand {
     fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
+        let mismatch = self.flags.defense.options().allow_mismatch;
         let what = What {
             attacks: self.attack,
             eps: self.eps,
@@ -102,7 +106,7 @@ impl ClassifyCommand {
             ablate: self.ablate,
             undefended: !self.defended_only,
             save: self.save_pictures,
-            others: self.also.iter().map(|text| other(text)).collect::<radapt::Result<_>>()?,
+            others: self.also.iter().map(|text| other(text, mismatch)).collect::<radapt::Result<_>>()?,
             flagged: true,
         };
         self.flags.run(global, &what)

@@ -8,9 +8,10 @@ use clap::{Args, Parser};
 use radapt::attack::{Eps, ThreatChoice};
 use radapt::defense::{AnchorChoice, DefenseOptions, default_cutoff};
 use radapt::eval::sweep::{Axis, Parameter, Point, Scored, Sweep};
-use serde_json::json;
+use radapt::pocket::built_in::POCKET_CLIP;
+use serde_json::{Value, json};
 
-use super::anchor_train::Train;
+use super::anchor_train::{KeepFlag, Train};
 use super::classify::{RunFlags, What, with_text};
 use super::eval::parse_threat;
 use super::options::{ModelOptions, argument};
@@ -25,7 +26,8 @@ use super::{Global, print};
 #[derive(Args)]
 #[command(verbatim_doc_comment)]
 pub struct SweepCommand {
-    /// Values of alpha; beta is max(1 - alpha, 0) with them, as in the paper, unless --betas is given
+    /// Values of alpha; beta is max(1 - alpha, 0) with them, as in the paper, unless --betas or --beta
+    /// is given
     #[arg(long, value_name = "NUMBER,...", value_delimiter = ',', allow_negative_numbers = true)]
     alphas: Vec<f64>,
     /// Values of beta
@@ -54,7 +56,7 @@ pub struct SweepCommand {
     threat: ThreatChoice,
     #[command(flatten)]
     flags: RunFlags,
-    /// Flags of `radapt anchor train`, but for --model, --out, --work, --share and --resume
+    /// Flags of `radapt anchor train`; those of the model and of files are the sweep's own
     #[arg(last = true, value_name = "TRAINING")]
     training: Vec<String>,
 }
@@ -73,51 +75,68 @@ impl SweepCommand {
             return Err(argument("--shard", "no shards of a sweep", "one").into());
         }
         let out = self.flags.out.clone();
-        let train = self.train(global)?;
+        let train = self.train()?;
         let sweep = self.sweep(train.as_ref())?;
         let points = sweep.points()?;
-        std::fs::create_dir_all(&out).map_err(|e| radapt::Error::Write { path: out.clone(), source: e })?;
-        let mut others = Vec::new();
-        let mut failed = false;
-        for (i, point) in points.iter().enumerate() {
-            let (anchor, mix) = match &train {
-                Some(train) => {
-                    let (file, bad) =
-                        anchor(global, train, point, &out, self.flags.resume).with_context(|| {
-                            format!("setting {} of {}, {}", i + 1, points.len(), point.name())
-                        })?;
-                    failed |= bad;
-                    global.say(format_args!("trained {} of {}: {}", i + 1, points.len(), point.name()));
-                    (AnchorChoice::File(file), None)
-                }
-                None => (self.flags.defense.options().anchor, Some((point.alpha, point.beta, point.cutoff))),
-            };
-            let options = DefenseOptions {
-                anchor,
-                alpha: mix.map(|mix| mix.0),
-                beta: mix.map(|mix| mix.1),
-                cutoff: mix.map(|mix| mix.2),
-                ..self.flags.defense.options()
-            };
-            others.push((point.name(), options));
-        }
-        let mut flags = self.flags.clone();
-        flags.out = out.join("run");
-        if train.is_some() {
-            flags.defense.anchor = "none".into();
-        }
-        let what = What {
+        let mut what = What {
             attacks: self.attack.clone(),
             eps: self.eps.clone(),
             threats: self.threat.kinds().to_vec(),
             ablate: false,
             undefended: true,
             save: false,
-            others,
+            others: Vec::new(),
             flagged: false,
         };
+        // Before hours of training.
+        self.flags.check(global, &what)?;
+        std::fs::create_dir_all(&out).map_err(|e| radapt::Error::Write { path: out.clone(), source: e })?;
+        let mut left_out = Vec::new();
+        let mut chosen = Vec::new();
+        let asked = self.flags.defense.options();
+        for (i, point) in points.iter().enumerate() {
+            let options = match &train {
+                Some(train) => {
+                    let (file, trained) = anchor(global, train, point, &out, self.flags.resume)
+                        .with_context(|| {
+                            format!("setting {} of {}, {}", i + 1, points.len(), point.name())
+                        })?;
+                    global.say(format_args!("trained {} of {}: {}", i + 1, points.len(), point.name()));
+                    chosen.push(trained["epoch"].clone());
+                    for failed in trained["failed"].as_array().into_iter().flatten() {
+                        if !left_out.contains(failed) {
+                            left_out.push(failed.clone());
+                        }
+                    }
+                    DefenseOptions { anchor: AnchorChoice::File(file), ..DefenseOptions::default() }
+                }
+                None => DefenseOptions {
+                    alpha: (!asked.no_fra).then_some(point.alpha),
+                    beta: (!asked.no_fra).then_some(point.beta),
+                    cutoff: (!asked.no_gif).then_some(point.cutoff),
+                    ..asked.clone()
+                },
+            };
+            what.others.push((point.name(), options));
+        }
+        let mut flags = self.flags.clone();
+        flags.out = out.join("run");
+        if train.is_some() {
+            flags.defense.anchor = "none".into();
+        }
         let summary = flags.summary(global, &what)?;
-        failed |= summary.failed > 0;
+        for failed in &left_out {
+            global.say(format_args!("warning: not trained on {failed}"));
+        }
+        if summary.failed > 0 {
+            let file = flags.out.join("items.jsonl");
+            let (failed, items) = (summary.failed, summary.items);
+            global.say(format_args!(
+                "warning: {failed} of {items} items could not be scored; see {}",
+                file.display()
+            ));
+        }
+        let failed = !left_out.is_empty() || summary.failed > 0;
         let scored = Scored { sweep, summary };
         let table = scored.markdown()?;
         let plots = scored.plots()?;
@@ -126,7 +145,14 @@ impl SweepCommand {
             "base": scored.sweep.base,
             "axes": scored.sweep.axes,
             "grid": scored.sweep.grid,
-            "points": points.iter().map(|point| json!({ "name": point.name(), "point": point })).collect::<Vec<_>>(),
+            "points": points
+                .iter()
+                .enumerate()
+                .map(|(i, point)| json!({ "name": point.name(), "point": point, "epoch": chosen.get(i) }))
+                .collect::<Vec<_>>(),
+            "run": scored.summary.run,
+            "training": self.training.join(" "),
+            "not_trained_on": left_out,
             "rows": scored.summary.rows,
             "flags": scored.summary.flags,
             "plots": plots.iter().map(|(name, _)| name).collect::<Vec<_>>(),
@@ -149,7 +175,7 @@ impl SweepCommand {
     }
 
     /// The training of every setting, where there is one.
-    fn train(&self, global: &Global) -> anyhow::Result<Option<Train>> {
+    fn train(&self) -> anyhow::Result<Option<Train>> {
         let asked = !self.pictures.is_empty() || !self.epochs.is_empty();
         if self.training.is_empty() && !asked {
             return Ok(None);
@@ -158,10 +184,37 @@ impl SweepCommand {
             let found = &self.flags.defense.anchor;
             return Err(argument("--anchor", "none where every setting is trained", found).into());
         }
-        for flag in ["--out", "--model", "--work", "--share", "--resume"] {
+        let own = [
+            "--out",
+            "--work",
+            "--share",
+            "--resume",
+            "--model",
+            "--revision",
+            "--offline",
+            "--contract",
+            "--device",
+            "--dtype",
+            "--validate",
+            "--validation-attack",
+        ];
+        for flag in own {
             let given = |word: &String| word == flag || word.starts_with(&format!("{flag}="));
             if self.training.iter().any(given) {
                 return Err(argument("-- TRAINING", "no flag that the sweep sets itself", flag).into());
+            }
+        }
+        let asked = self.flags.defense.options();
+        for (flag, given) in [
+            ("--alpha", asked.alpha.is_some()),
+            ("--beta", asked.beta.is_some()),
+            ("--cutoff", asked.cutoff.is_some()),
+            ("--no-gif", asked.no_gif),
+            ("--no-fra", asked.no_fra),
+        ] {
+            if given {
+                let expected = "it after `--`, where every setting is trained";
+                return Err(argument(flag, expected, "it before").into());
             }
         }
         let words = ["--out".to_string(), "unused".into()].into_iter().chain(self.training.iter().cloned());
@@ -173,11 +226,22 @@ impl SweepCommand {
                 return Err(argument("-- TRAINING", "flags of `radapt anchor train`", &first).into());
             }
         };
-        if global.moves() {
-            global.say("every setting is trained first");
+        let pocket = with_text(&self.flags.model.model) == POCKET_CLIP;
+        if !pocket && train.pictures.data == "pocket:train" {
+            let expected = "-- --data with pictures to train on: the default is the pocket world";
+            return Err(argument("-- TRAINING", expected, "none").into());
+        }
+        if train.pictures.data == self.flags.data.data {
+            return Err(
+                argument("-- --data", "other pictures than those scored", &train.pictures.data).into()
+            );
         }
         train.model = self.flags.model.clone();
-        train.validation_attack = "none".into();
+        train.pictures.validate = 0;
+        if !self.epochs.is_empty() {
+            // What so many epochs come to, not the best of them.
+            train.recipe.keep = KeepFlag::Last;
+        }
         Ok(Some(train))
     }
 
@@ -225,8 +289,11 @@ impl SweepCommand {
             (Parameter::Epochs, counts(&self.epochs)),
         ];
         let axes = axes.into_iter().filter(|(_, values)| !values.is_empty());
+        let beta = |word: &String| word == "--beta" || word.starts_with("--beta=");
+        let fixed = asked.beta.is_some() || self.training.iter().any(beta);
         Ok(Sweep {
             base,
+            follow: !fixed && self.betas.is_empty(),
             axes: axes.map(|(parameter, values)| Axis { parameter, values }).collect(),
             grid: self.grid,
         })
@@ -240,7 +307,7 @@ fn anchor(
     point: &Point,
     out: &Path,
     resume: bool,
-) -> anyhow::Result<(PathBuf, bool)> {
+) -> anyhow::Result<(PathBuf, Value)> {
     let mut train = train.clone();
     train.recipe.alpha = point.alpha;
     train.recipe.beta = point.beta;
@@ -254,6 +321,6 @@ fn anchor(
     train.share = Some(out.join(format!("pictures-{}", train.pictures.n)));
     train.resume = resume;
     let quiet = Global { quiet: !global.moves(), ..global.clone() };
-    let (_, failed) = train.train(&quiet)?;
-    Ok((train.out, failed))
+    let (trained, _) = train.train(&quiet)?;
+    Ok((train.out, trained))
 }

@@ -303,7 +303,8 @@ impl LabelledSet {
     pub fn split(self, n: usize, held_out: usize, seed: u64) -> Result<(Self, Self)> {
         let (all, has) = (n.saturating_add(held_out), self.items.len());
         if all > has {
-            return Err(Error::argument("data", format!("{n} pictures and {held_out} held out"), has));
+            let expected = format!("{n} pictures and {held_out} others (--n, --held-out, --validate)");
+            return Err(Error::argument("data", expected, has));
         }
         // A draw of fewer is part of one of more.
         let (first, both) = (self.clone().sample(n, seed), self.sample(all, seed));

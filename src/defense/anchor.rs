@@ -94,16 +94,25 @@ pub struct AnchorMeta {
     pub cutoff: f64,
     /// For data-driven anchors how it was trained; empty for the others. Keys without prefix:
     /// `eps`, `epochs`, `images`, `attack`, `examples`, `objective`, `seed`, `losses`, and where they
-    /// are known `optimizer`, `schedule`, `batch`, `clean_share`, `data`, `templates`, `gif`,
-    /// `initial` and `validation` (rows as `eval` writes them, each with its threat model).
+    /// are known `best_epoch`, `optimizer`, `schedule`, `batch`, `clean_share`, `data`, `templates`,
+    /// `initial` and `validation` (a JSON array of figures, each attacked one with its threat model).
     pub training: BTreeMap<String, String>,
 }
 
 /// The keys of [`AnchorMeta::training`] that every data-driven anchor has.
 const TRAINING: [&str; 8] = ["eps", "epochs", "images", "attack", "examples", "objective", "seed", "losses"];
 /// Those that it may have.
-const MORE_TRAINING: [&str; 9] =
-    ["optimizer", "schedule", "batch", "clean_share", "data", "templates", "gif", "initial", "validation"];
+const MORE_TRAINING: [&str; 9] = [
+    "best_epoch",
+    "optimizer",
+    "schedule",
+    "batch",
+    "clean_share",
+    "data",
+    "templates",
+    "initial",
+    "validation",
+];
 
 /// An anchor with its metadata.
 #[derive(Debug, Clone)]
@@ -276,6 +285,19 @@ impl Anchor {
     }
 }
 
+/// Whether this is a JSON array of figures, none of them on attacked pictures without a threat model.
+fn figures_have_threats(text: &str) -> bool {
+    let Ok(rows) = serde_json::from_str::<Vec<serde_json::Value>>(text) else {
+        return false;
+    };
+    rows.iter().all(|row| match row.get("threat").unwrap_or(&serde_json::Value::Null) {
+        serde_json::Value::String(threat) => threat == "transfer" || threat == "adaptive",
+        other => {
+            other.is_null() && row.is_object() && row.get("attack").is_none_or(|attack| attack.is_null())
+        }
+    })
+}
+
 /// Text out of a file as messages show it: on one line and not endless.
 fn shown(text: &str) -> String {
     const MOST: usize = 400;
@@ -366,6 +388,12 @@ impl AnchorMeta {
                 }
                 None => {}
             }
+        }
+        if let Some(rows) = training.get("validation")
+            && !figures_have_threats(rows)
+        {
+            let expected = "figures, each attacked one with `threat` transfer or adaptive";
+            return Err(wrong("validation", expected, rows));
         }
         Ok(Self {
             method,

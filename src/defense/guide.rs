@@ -56,6 +56,7 @@ impl Guide {
             (model.checkpoint()?, Some(model.tower_config()?), model.preprocess(None)?, revision)
         };
         let weights = VisionWeights::find(&checkpoint, device)?;
+        weights.check_design()?;
         let config: ClipConfig = match config {
             Some(config) => config,
             None => {

@@ -15,7 +15,8 @@ pub struct Row {
     pub task: String,
     /// The pictures by name.
     pub dataset: String,
-    /// The defence in short: `none`, `gif`, `fra`, `gif+fra`.
+    /// The defence in short: `none`, `gif`, `fra`, `gif+fra`, or the name of an anchor or setting scored
+    /// beside it.
     pub defense: String,
     /// How the pictures were attacked.
     pub attacked: Option<Attacked>,

@@ -60,7 +60,7 @@ impl Manifest {
     }
 }
 
-/// SHA-256 of a JSON value, whatever the order of its keys.
+/// SHA-256 of a JSON value, whatever the order of its keys and the last digits of its numbers.
 fn fingerprint(value: &Value) -> String {
     fn feed(value: &Value, hash: &mut Sha256) {
         match value {
@@ -83,6 +83,10 @@ fn fingerprint(value: &Value) -> String {
                     hash.update(b",");
                 }
                 hash.update(b"]");
+            }
+            // JSON gives some numbers back with another last bit.
+            Value::Number(number) if number.is_f64() => {
+                hash.update(format!("{:.12e}", number.as_f64().unwrap_or(f64::NAN)));
             }
             other => hash.update(other.to_string()),
         }
@@ -229,7 +233,9 @@ pub(crate) fn claim(folder: &Path, manifest: &Manifest, resume: bool) -> Result<
                 hint: "give --resume to go on with the run that is there, or another --out".into(),
             });
         }
-        if found != *manifest {
+        if (&found.fingerprint, found.shard, found.items)
+            != (&manifest.fingerprint, manifest.shard, manifest.items)
+        {
             let mut all = Vec::new();
             differences("", &found.decides, &manifest.decides, &mut all);
             if found.shard != manifest.shard {
@@ -471,6 +477,8 @@ mod tests {
         let c: Value = serde_json::from_str(r#"{"b": {"d": null, "c": [2, 1]}, "a": 1}"#).unwrap();
         assert_eq!(fingerprint(&a), fingerprint(&b));
         assert_ne!(fingerprint(&a), fingerprint(&c));
+        assert_eq!(fingerprint(&json!({ "x": 0.1 + 0.2 })), fingerprint(&json!({ "x": 0.3 })));
+        assert_ne!(fingerprint(&json!({ "x": 0.3 })), fingerprint(&json!({ "x": 0.300001 })));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::{Row, Summary};
-use crate::attack::ThreatKind;
+use crate::attack::{Threat, ThreatKind};
 use crate::page::escape;
 use crate::{Error, Result};
 
@@ -13,7 +13,7 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Parameter {
-    /// The anchor's factor; beta is max(1 - alpha, 0) with it, the paper's rule, unless it is given.
+    /// The anchor's factor.
     Alpha,
     /// The attention output's factor.
     Beta,
@@ -148,6 +148,8 @@ pub struct Sweep {
     pub axes: Vec<Axis>,
     /// Every combination instead of one axis at a time.
     pub grid: bool,
+    /// Along alpha, beta is max(1 - alpha, 0), the paper's rule.
+    pub follow: bool,
 }
 
 impl Sweep {
@@ -159,7 +161,7 @@ impl Sweep {
         if self.axes.iter().all(|axis| axis.values.is_empty()) {
             return Err(Error::argument("sweep", "values of a parameter, such as --alphas 0.4,0.8", "none"));
         }
-        let follow = !self.axes.iter().any(|axis| axis.parameter == Parameter::Beta);
+        let follow = self.follow;
         let mut points: Vec<Point> = Vec::new();
         if self.grid {
             points.push(self.base.clone());
@@ -253,37 +255,59 @@ impl Scored {
     /// # Errors
     /// As [`Sweep::points`].
     pub fn csv(&self) -> Result<String> {
-        let mut text = String::from(
-            "alpha,beta,cutoff,pictures,epochs,attack,eps,threat,surrogate,n,correct,value,low,high\n",
-        );
-        for point in self.sweep.points()? {
-            let name = point.name();
-            for row in self.summary.rows.iter().filter(|row| row.defense == name) {
-                let (low, high) = row.interval();
-                let number = |n: Option<u64>| n.map(|n| n.to_string()).unwrap_or_default();
-                let attacked = row.attacked.as_ref().map(|a| {
-                    let surrogate = match &a.threat {
-                        crate::attack::Threat::Transfer { surrogate } => surrogate.replace('"', "\"\""),
-                        crate::attack::Threat::Adaptive => String::new(),
-                    };
-                    let eps = a.eps.map(|eps| eps.to_string()).unwrap_or_default();
-                    format!("{},{eps},{},\"{surrogate}\"", a.attack, a.threat.kind())
-                });
-                text += &format!(
-                    "{},{},{},{},{},{},{},{},{},{low},{high}\n",
-                    point.alpha,
-                    point.beta,
-                    point.cutoff,
-                    number(point.pictures),
-                    number(point.epochs),
-                    attacked.unwrap_or_else(|| ",,,".into()),
-                    row.n,
-                    row.correct,
-                    row.value(),
-                );
-            }
+        let failed = |e: &dyn fmt::Display| Error::config("CSV", e.to_string());
+        let mut out = csv::Writer::from_writer(Vec::new());
+        out.write_record([
+            "defense",
+            "alpha",
+            "beta",
+            "cutoff",
+            "pictures",
+            "epochs",
+            "attack",
+            "eps",
+            "threat",
+            "surrogate",
+            "n",
+            "correct",
+            "value",
+            "low",
+            "high",
+        ])
+        .map_err(|e| failed(&e))?;
+        let points = self.sweep.points()?;
+        for row in &self.summary.rows {
+            let point = points.iter().find(|point| point.name() == row.defense);
+            let of = |parameter| {
+                point.and_then(|point| point.value(parameter)).map(|v| v.to_string()).unwrap_or_default()
+            };
+            let (low, high) = row.interval();
+            let a = row.attacked.as_ref();
+            let surrogate = a.and_then(|a| match &a.threat {
+                Threat::Transfer { surrogate } => Some(surrogate.clone()),
+                Threat::Adaptive => None,
+            });
+            out.write_record([
+                row.defense.clone(),
+                of(Parameter::Alpha),
+                of(Parameter::Beta),
+                of(Parameter::Cutoff),
+                of(Parameter::Pictures),
+                of(Parameter::Epochs),
+                a.map(|a| a.attack.clone()).unwrap_or_default(),
+                a.and_then(|a| a.eps).map(|eps| eps.to_string()).unwrap_or_default(),
+                a.map(|a| a.threat.kind().to_string()).unwrap_or_default(),
+                surrogate.unwrap_or_default(),
+                row.n.to_string(),
+                row.correct.to_string(),
+                row.value().to_string(),
+                low.to_string(),
+                high.to_string(),
+            ])
+            .map_err(|e| failed(&e))?;
         }
-        Ok(text)
+        let bytes = out.into_inner().map_err(|e| failed(&e))?;
+        String::from_utf8(bytes).map_err(|e| failed(&e))
     }
 
     /// A table per attack in Markdown, a line per setting.
@@ -309,7 +333,14 @@ impl Scored {
         for attack in self.attacks() {
             let (name, eps) = &attack;
             let n = self.summary.rows.iter().map(|row| row.n).max().unwrap_or(0);
-            text += &format!("Percent right, with 95 % intervals; {name} at eps {eps}, n = {n}.\n\n|");
+            let model = self.summary.run.pointer("/model/name").and_then(|name| name.as_str()).unwrap_or("-");
+            let surrogates = self.surrogates();
+            text += &format!(
+                "Percent of {} right, with 95 % intervals; {model}, {}, n = {n}; transfer pictures crafted on \
+                 {surrogates}.\n\n|",
+                self.summary.rows.first().map_or("-", |row| row.dataset.as_str()),
+                at_eps(name, eps)
+            );
             for parameter in &shown {
                 text += &format!(" {parameter} |");
             }
@@ -345,23 +376,48 @@ impl Scored {
         Ok(text)
     }
 
+    /// The models that transfer pictures were crafted on.
+    fn surrogates(&self) -> String {
+        let mut found: Vec<&str> = Vec::new();
+        for row in &self.summary.rows {
+            if let Some(Threat::Transfer { surrogate }) = row.attacked.as_ref().map(|a| &a.threat)
+                && !found.contains(&surrogate.as_str())
+            {
+                found.push(surrogate);
+            }
+        }
+        if found.is_empty() { "nothing".into() } else { found.join(", ") }
+    }
+
     fn base(&self) -> &Point {
         &self.sweep.base
     }
 
-    /// A plot per varied parameter and attack: its file name and SVG. In a grid the other parameters
-    /// stand at the base.
+    /// A plot per varied parameter and attack: its file name and SVG. The other parameters stand at the
+    /// base, or in a grid without it at their first value.
     ///
     /// # Errors
     /// As [`Sweep::points`].
     pub fn plots(&self) -> Result<Vec<(String, String)>> {
         let all = self.sweep.points()?;
-        let follow = !self.sweep.axes.iter().any(|axis| axis.parameter == Parameter::Beta);
+        let follow = self.sweep.follow;
+        // In a grid without the base the others stand at their first value.
+        let mut base = self.base().clone();
+        if self.sweep.grid {
+            for axis in &self.sweep.axes {
+                let value = base.value(axis.parameter);
+                if let Some(&first) = axis.values.first()
+                    && !axis.values.iter().any(|v| Some(*v) == value)
+                {
+                    base = base.with(axis.parameter, first, follow)?;
+                }
+            }
+        }
         let mut found = Vec::new();
         for axis in &self.sweep.axes {
             let mut points = Vec::new();
             for &value in &axis.values {
-                let point = self.base().with(axis.parameter, value, follow)?;
+                let point = base.with(axis.parameter, value, follow)?;
                 if all.contains(&point) {
                     points.push(point);
                 }
@@ -380,6 +436,11 @@ impl Scored {
     }
 }
 
+/// An attack with its radius, where it has one.
+fn at_eps(attack: &str, eps: &str) -> String {
+    if eps.is_empty() { attack.to_string() } else { format!("{attack} at eps {eps}") }
+}
+
 const WIDTH: f64 = 480.0;
 const HEIGHT: f64 = 320.0;
 /// The drawing area: left, top, right, bottom.
@@ -395,7 +456,7 @@ fn plot(parameter: Parameter, lines: &[Line], attack: &str, eps: &str) -> String
     let span = if most > least { scale(most) - scale(least) } else { 1.0 };
     let x = |value: f64| left + 14.0 + (right - left - 28.0) * (scale(value) - scale(least)) / span;
     let y = |percent: f64| bottom - (bottom - top) * percent / 100.0;
-    let title = format!("{attack} at eps {eps}: percent right by {parameter}");
+    let title = format!("{}: percent right by {parameter}", at_eps(attack, eps));
     let mut out = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" \
          font-family=\"system-ui, sans-serif\" font-size=\"12\">\n<title>{}</title>\n\
@@ -478,7 +539,8 @@ mod tests {
     fn sweep(axes: &[(Parameter, &[f64])], grid: bool) -> Sweep {
         let axes =
             axes.iter().map(|(parameter, values)| Axis { parameter: *parameter, values: values.to_vec() });
-        Sweep { base: base(), axes: axes.collect(), grid }
+        let follow = !axes.clone().any(|axis| axis.parameter == Parameter::Beta);
+        Sweep { base: base(), axes: axes.collect(), grid, follow }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 use super::Plan;
 use crate::attack::{
     Classification, Direction, Feature, FeatureObjective, Loss, Maximise, Named, Pgd, Pictures, Subject,
-    TowerClassifier,
+    TowerClassifier, with_settings,
 };
 use crate::text::ZeroShotHead;
 use crate::tower::clip::Clip;
@@ -102,10 +102,8 @@ impl Goal<'_> {
             Self::Embedding { feature } => {
                 let clean = in_parts(pictures.pixels(), undefended, |pixels| feature.of(undefended, pixels))?;
                 let objective = FeatureObjective::new(tower, subject, *feature, Direction::Away, &clean)?;
-                let pgd = Pgd::new(plan.eps);
-                let steps = plan.settings.steps.unwrap_or(pgd.steps);
-                let alpha = pgd.alpha * pgd.steps as f64 / steps.max(1) as f64;
-                Pgd { steps, alpha, ..pgd }.maximise(&objective, pictures, seed, &mut |_| {})?
+                let pgd = with_settings(Pgd::new(plan.eps), &plan.settings);
+                pgd.maximise(&objective, pictures, seed, &mut |_| {})?
             }
         };
         Ok(crafted.pixels().clone())
@@ -141,8 +139,8 @@ impl Goal<'_> {
                     let labels = &labels[start..start + n];
                     let values = Loss::CrossEntropy.evaluate(&logits, labels, None)?;
                     found.loss += values.loss.iter().sum::<f64>();
-                    let right =
-                        logits.to_vec2::<f32>()?.iter().zip(labels).filter(|(z, y)| wins(z, **y)).count();
+                    let largest = logits.argmax(1)?.to_vec1::<u32>()?;
+                    let right = largest.iter().zip(labels).filter(|(z, y)| **z as usize == **y).count();
                     found.right = Some(found.right.unwrap_or(0) + right);
                     let embeds = match gradient {
                         true => {
@@ -199,9 +197,4 @@ fn in_parts(pixels: &Tensor, tower: &Clip, f: impl Fn(&Tensor) -> Result<Tensor>
         .map(|start| f(&pixels.narrow(0, start, at_once.min(batch - start))?))
         .collect::<Result<Vec<_>>>()?;
     Ok(Tensor::cat(&parts, 0)?)
-}
-
-/// Whether class `y` has the largest logit, the first of equals.
-fn wins(logits: &[f32], y: usize) -> bool {
-    logits.iter().enumerate().all(|(i, &z)| i == y || z < logits[y] || (z == logits[y] && i > y))
 }

@@ -61,6 +61,16 @@ impl std::fmt::Display for Examples {
     }
 }
 
+/// Which epoch's anchor a training ends in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Keep {
+    /// That of the lowest held-out loss; without held-out pictures the last.
+    Best,
+    /// The last.
+    Last,
+}
+
 /// How an anchor is trained.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
@@ -68,13 +78,13 @@ pub struct Plan {
     pub alpha: f64,
     /// The attention output's factor.
     pub beta: f64,
-    /// GIF's cutoff in frequency bins; `None` trains without GIF.
-    pub cutoff: Option<f64>,
+    /// GIF's cutoff D0, in frequency bins of the tower's picture.
+    pub cutoff: f64,
     /// Which adversarial pictures.
     pub examples: Examples,
     /// The attack that crafts them, by its name; for features `pgd` alone.
     pub attack: String,
-    /// Its radius.
+    /// Its radius, in pixel units of [0, 1].
     pub eps: Eps,
     /// What is changed of it.
     pub settings: Settings,
@@ -90,6 +100,8 @@ pub struct Plan {
     pub schedule: Schedule,
     /// Stop after this many epochs without a lower held-out loss.
     pub patience: Option<usize>,
+    /// Which epoch's anchor is kept.
+    pub keep: Keep,
     /// Of the order of pictures and of the attacks.
     pub seed: u64,
 }
@@ -102,7 +114,7 @@ impl Plan {
         Self {
             alpha,
             beta,
-            cutoff: Some(cutoff),
+            cutoff,
             examples: Examples::Static,
             attack: "pgd".into(),
             eps: Eps::of_255(4),
@@ -113,6 +125,7 @@ impl Plan {
             optimizer: Optimizer::ADAM,
             schedule: Schedule::Cosine,
             patience: None,
+            keep: Keep::Best,
             seed: 0,
         }
     }
@@ -179,15 +192,17 @@ pub struct Progress {
     pub of: usize,
     /// The mean loss of the epoch so far.
     pub loss: Option<f64>,
+    /// An epoch that has just ended.
+    pub ended: Option<Epoch>,
 }
 
 /// What a training came to.
 #[derive(Debug, Clone)]
 pub struct Trained {
-    /// `(N, D)` f32 on the CPU: that of the best epoch on the held-out pictures, or of the last
-    /// epoch where there are none.
+    /// `(N, D)` f32 on the CPU: that of the best epoch on the held-out pictures or of the last, as
+    /// [`Plan::keep`] says.
     pub anchor: Tensor,
-    /// The epoch it is of; 0 is the anchor it began with.
+    /// The epoch the anchor is of; 0 is the anchor it began with.
     pub epoch: usize,
     /// Whether it stopped before its last epoch.
     pub stopped: bool,
@@ -216,9 +231,10 @@ impl Trained {
                 })
             })
             .collect();
-        let mut entries: BTreeMap<String, String> = [
+        [
             ("eps", plan.eps.to_string()),
-            ("epochs", self.epoch.to_string()),
+            ("epochs", plan.epochs.to_string()),
+            ("best_epoch", self.epoch.to_string()),
             ("images", self.pictures.to_string()),
             ("attack", json!({ "name": plan.attack, "settings": plan.settings }).to_string()),
             ("examples", plan.examples.to_string()),
@@ -232,11 +248,7 @@ impl Trained {
         ]
         .into_iter()
         .map(|(key, value)| (key.to_string(), value))
-        .collect();
-        if plan.cutoff.is_none() {
-            entries.insert("gif".into(), "off".into());
-        }
-        entries
+        .collect()
     }
 
     /// The method these anchors are of.
@@ -266,6 +278,9 @@ struct Prepared {
 impl Training<'_> {
     /// What decides the result; `more` are the caller's own entries, such as the model's weights
     /// and the head's templates.
+    ///
+    /// # Errors
+    /// If the initial anchor cannot be read from its device.
     pub fn decides(&self, more: Value) -> Result<Value> {
         let set = |set: &LabelledSet| json!({ "name": set.name(), "items": set.items().len(), "digest": set.digest() });
         let p = self.data.preprocess;
@@ -275,6 +290,7 @@ impl Training<'_> {
             "plan": self.plan,
             "goal": self.goal.describe(),
             "tower": format!("{:?}", self.tower.precision()),
+            "device": if self.tower.device().is_cpu() { "cpu" } else { "gpu" },
             "crafted_in": self.craft.map(|craft| format!("{:?} {:?}", craft.dtype(), craft.precision())),
             "initial": digest(&self.initial)?,
             "dataset": set(self.data.set),
@@ -319,16 +335,23 @@ impl Training<'_> {
             return Err(Error::argument("data", expected, self.data.set.classes().len()));
         }
         self.goal.check(&self.plan, self.tower)?;
-        let _lock = claim(folder, &Manifest::new(decides.clone(), None, self.items()), resume)?;
-        let rows = self.rows(folder, &decides, told)?;
+        let initial = self.initial.flatten_all()?.to_vec1::<f32>()?;
+        self.defense(&initial, &self.gif()?)?;
+        if self.pictures.as_deref() == Some(folder) {
+            return Err(Error::argument("shared pictures", "a folder of their own", folder.display()));
+        }
+        let _shared = self.claim_shared(&decides)?;
+        let _lock = claim(folder, &Manifest::new(decides, None, self.items()), resume)?;
+        let rows = self.prepare(self.pictures.as_deref().unwrap_or(folder), told)?;
         let state = self.optimise(folder, &rows, told)?;
         let spec = self.tower.spec();
         let held_out = rows.trained < rows.labels.len();
-        let anchor = if held_out { &state.best } else { &state.anchor };
+        let best = held_out && self.plan.keep == Keep::Best;
+        let anchor = if best { &state.best } else { &state.anchor };
         state.write_curve(&folder.join("losses.csv"))?;
         Ok(Trained {
             anchor: Tensor::from_vec(anchor.clone(), (spec.tokens(), spec.hidden), &Device::Cpu)?,
-            epoch: if held_out { state.best_epoch } else { state.epochs.len().saturating_sub(1) },
+            epoch: if best { state.best_epoch } else { state.epochs.len().saturating_sub(1) },
             stopped: state.epochs.len() <= self.plan.epochs,
             steps: state.steps,
             epochs: state.epochs,
@@ -337,10 +360,10 @@ impl Training<'_> {
         })
     }
 
-    /// The pictures, in this training's folder or the one it shares.
-    fn rows(&self, folder: &Path, decides: &Value, told: &mut dyn FnMut(&Progress)) -> Result<Rows> {
+    /// The folder of shared pictures for this training alone, where there is one.
+    fn claim_shared(&self, decides: &Value) -> Result<Option<std::fs::File>> {
         let Some(shared) = &self.pictures else {
-            return self.prepare(folder, told);
+            return Ok(None);
         };
         let mut decides = decides.clone();
         if let Some(fields) = decides.as_object_mut() {
@@ -351,8 +374,7 @@ impl Training<'_> {
             });
             fields.insert("plan".into(), json!({ "crafted": crafted }));
         }
-        let _lock = claim(shared, &Manifest::new(decides, None, self.items()), true)?;
-        self.prepare(shared, told)
+        claim(shared, &Manifest::new(decides, None, self.items()), true).map(Some)
     }
 
     fn items(&self) -> usize {
@@ -366,7 +388,7 @@ impl Training<'_> {
         let (width, height) = (self.data.preprocess.width as usize, self.data.preprocess.height as usize);
         let (list, pictures) = (folder.join("pictures.json"), folder.join("pictures.u8"));
         let mut tell = |now: &str, done: usize, of: usize| {
-            told(&Progress { now: now.into(), done, of, loss: None });
+            told(&Progress { now: now.into(), done, of, loss: None, ended: None });
         };
         let sets: Vec<&LabelledSet> = std::iter::once(self.data.set).chain(self.data.held_out).collect();
         if !list.exists() {
@@ -426,9 +448,19 @@ impl Training<'_> {
                 rows.defects.first().map_or(String::new(), |d| format!("; `{}`: {}", d.id, d.reason));
             return Err(Error::argument("data", "a picture that can be read", format!("none{reason}")));
         }
+        if self.data.held_out.is_some() && rows.trained == rows.labels.len() {
+            return Err(Error::argument("held-out pictures", "one that can be read", "none"));
+        }
         if self.plan.examples == Examples::Static {
             let path = folder.join("crafted.u8");
             let mut store = Store::open_or_create(&path, width, height)?;
+            if store.len() > rows.labels.len() {
+                let reason = format!("expected {} pictures, found {}", rows.labels.len(), store.len());
+                return Err(Error::config(path, reason));
+            }
+            if store.len() < rows.labels.len() {
+                store.cut_to_groups(AT_ONCE)?;
+            }
             let tower = self.craft.unwrap_or(self.tower);
             let subject = Subject::undefended(&self.model);
             let of = rows.labels.len();
@@ -436,7 +468,8 @@ impl Training<'_> {
                 let part: Vec<usize> = (store.len()..of.min(store.len() + AT_ONCE)).collect();
                 tell("crafting on the undefended model", store.len(), of);
                 let clean = self.pixels(&rows.clean, &part)?;
-                let found = self.craft(tower, subject.clone(), &clean, &rows, &part, self.plan.seed)?;
+                let found =
+                    self.craft(tower, subject.clone(), &clean, &rows, &part, self.draw("static", 0))?;
                 let found = quantise(&found, &clean, self.plan.eps)?;
                 for row in 0..part.len() {
                     store.append(&store::bytes(&found.get(row)?)?)?;
@@ -447,6 +480,16 @@ impl Training<'_> {
             rows.crafted = Some(store);
         }
         Ok(rows)
+    }
+
+    /// The seed of the attacks for a purpose, so that no two of them begin alike.
+    fn draw(&self, purpose: &str, round: usize) -> u64 {
+        picture_rng(self.plan.seed, round as u64, 1, purpose).next_u64()
+    }
+
+    fn gif(&self) -> Result<Arc<Gif>> {
+        let side = self.tower.spec().image_size;
+        Ok(Arc::new(Gif::new(side, side, self.plan.cutoff, self.tower.device())?))
     }
 
     /// Pixels `(R, 3, H, W)` of these rows.
@@ -475,35 +518,34 @@ impl Training<'_> {
     }
 
     /// The tower with GIF and this anchor.
-    fn defense(&self, anchor: &[f32], gif: Option<&Arc<Gif>>) -> Result<Defense> {
+    fn defense(&self, anchor: &[f32], gif: &Arc<Gif>) -> Result<Defense> {
         let spec = self.tower.spec();
         let anchor = Tensor::from_slice(anchor, (spec.tokens(), spec.hidden), &Device::Cpu)?;
         let fra = Fra::new(&anchor, self.plan.alpha, self.plan.beta, self.tower.device())?;
         Ok(Defense {
-            gif: gif.cloned(),
+            gif: Some(gif.clone()),
             fra: Some(Arc::new(fra)),
             anchor: Some("in training".into()),
             method: Some(Method::DataDriven),
         })
     }
 
-    /// The adversarial pixels of these rows for the tower as it is defended now. `round` tells
-    /// epochs apart.
+    /// The adversarial pixels of these rows for the tower as it is defended now; `epoch` is `None`
+    /// for held-out pictures, which begin alike after every epoch, so that epochs can be compared.
     fn examples(
         &self,
         rows: &Rows,
         part: &[usize],
         clean: &Tensor,
         defense: &Defense,
-        round: usize,
+        epoch: Option<usize>,
     ) -> Result<Tensor> {
         match &rows.crafted {
             Some(store) => self.pixels(store, part),
             None => {
                 let tower = self.craft.unwrap_or(self.tower).with(defense.inserts());
                 let subject = Subject::new(&self.model, defense)?;
-                // Every epoch has its own starts.
-                let seed = self.plan.seed.wrapping_add(round as u64 + 1);
+                let seed = epoch.map_or_else(|| self.draw("held out", 0), |epoch| self.draw("epoch", epoch));
                 self.craft(&tower, subject, clean, rows, part, seed)
             }
         }
@@ -517,17 +559,14 @@ impl Training<'_> {
             Some(state) => state,
             None => State::new(initial),
         };
-        let side = |n: u32| n as usize;
-        let (height, width) = (side(self.data.preprocess.height), side(self.data.preprocess.width));
-        let gif = plan.cutoff.map(|cutoff| Gif::new(height, width, cutoff, self.tower.device()));
-        let gif = gif.transpose()?.map(Arc::new);
+        let gif = self.gif()?;
         let per_epoch = rows.trained.div_ceil(plan.batch);
         let total = per_epoch * plan.epochs;
         let mut order = (usize::MAX, Vec::new());
         loop {
             let (epoch, within) = (state.steps.len() / per_epoch, state.steps.len() % per_epoch);
             if within == 0 && state.epochs.len() <= epoch {
-                self.end_epoch(&mut state, rows, gif.as_ref(), epoch, per_epoch, told)?;
+                self.end_epoch(&mut state, rows, &gif, epoch, per_epoch, told)?;
                 state.write(&path)?;
             }
             let worse = state.epochs.len().saturating_sub(1 + state.best_epoch);
@@ -539,8 +578,8 @@ impl Training<'_> {
             }
             let part: Vec<usize> =
                 order.1.iter().copied().skip(within * plan.batch).take(plan.batch).collect();
-            let defense = self.defense(&state.anchor, gif.as_ref())?;
-            let found = self.loss(rows, &part, &defense, epoch, true)?;
+            let defense = self.defense(&state.anchor, &gif)?;
+            let found = self.loss(rows, &part, &defense, Some(epoch))?;
             let rate = plan.schedule.factor(state.steps.len(), total);
             plan.optimizer.step(&mut state.anchor, &found.gradient, &mut state.moments, rate);
             state.steps.push(Step { epoch: epoch + 1, loss: found.measured.loss });
@@ -554,9 +593,10 @@ impl Training<'_> {
             let so_far = &state.steps[epoch * per_epoch..];
             told(&Progress {
                 now: format!("epoch {} of {}", epoch + 1, plan.epochs),
-                done: state.steps.len() * plan.batch,
-                of: total * plan.batch,
+                done: epoch * rows.trained + (within * plan.batch + part.len()).min(rows.trained),
+                of: plan.epochs * rows.trained,
                 loss: Some(so_far.iter().map(|step| step.loss).sum::<f64>() / so_far.len() as f64),
+                ended: None,
             });
             if state.steps.len().is_multiple_of(self.save_every.max(1)) {
                 state.write(&path)?;
@@ -569,7 +609,7 @@ impl Training<'_> {
         &self,
         state: &mut State,
         rows: &Rows,
-        gif: Option<&Arc<Gif>>,
+        gif: &Arc<Gif>,
         epoch: usize,
         per_epoch: usize,
         told: &mut dyn FnMut(&Progress),
@@ -578,11 +618,16 @@ impl Training<'_> {
         let held_out: Vec<usize> = (rows.trained..rows.labels.len()).collect();
         let mut sum = Measured::default();
         for part in held_out.chunks(self.plan.batch) {
-            // The same starts after every epoch, so that epochs can be compared.
-            let found = self.loss(rows, part, &defense, usize::MAX - 1, false)?;
+            let found = self.loss(rows, part, &defense, None)?;
             sum.add(&found.measured, part.len());
             let done = part[0] + part.len() - rows.trained;
-            told(&Progress { now: "held-out pictures".into(), done, of: held_out.len(), loss: None });
+            told(&Progress {
+                now: "held-out pictures".into(),
+                done,
+                of: held_out.len(),
+                loss: None,
+                ended: None,
+            });
         }
         let measured = (!held_out.is_empty()).then(|| sum.over(held_out.len()));
         let last = &state.steps[state.steps.len().saturating_sub(per_epoch)..];
@@ -597,22 +642,25 @@ impl Training<'_> {
             state.best = state.anchor.clone();
             state.best_epoch = epoch;
         }
-        state.epochs.push(Epoch { epoch, train, held_out: measured });
+        let ended = Epoch { epoch, train, held_out: measured };
+        state.epochs.push(ended.clone());
+        let n = held_out.len();
+        told(&Progress { now: "held-out pictures".into(), done: n, of: n, loss: None, ended: Some(ended) });
         Ok(())
     }
 
-    /// The loss of these rows, means over them, and its gradient at the anchor if asked for.
+    /// The loss of these rows, means over them, and in an epoch its gradient at the anchor.
     fn loss(
         &self,
         rows: &Rows,
         part: &[usize],
         defense: &Defense,
-        round: usize,
-        gradient: bool,
+        epoch: Option<usize>,
     ) -> Result<LossAndGradient> {
+        let gradient = epoch.is_some();
         let tower = self.tower.with(defense.inserts());
         let clean = self.pixels(&rows.clean, part)?;
-        let examples = self.examples(rows, part, &clean, defense, round)?;
+        let examples = self.examples(rows, part, &clean, defense, epoch)?;
         let labels: Vec<usize> = part.iter().map(|&row| rows.labels[row]).collect();
         let share = self.plan.clean;
         let mut kinds = vec![(&examples, 1.0 - share)];
@@ -644,6 +692,8 @@ impl Training<'_> {
 /// of |f - f0|^2 / |f0|^2.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Distances {
+    /// Pictures measured.
+    pub n: usize,
     /// On the clean pictures.
     pub clean: f64,
     /// On pictures crafted on the undefended tower.
@@ -653,45 +703,69 @@ pub struct Distances {
 }
 
 impl Training<'_> {
-    /// What `defense` comes to on the held-out pictures of the training in `folder`, where the goal
-    /// is features. Pictures are crafted anew.
+    /// What each of these defences comes to on the pictures of `set` that can be read, where the goal
+    /// is features. Transfer pictures are crafted once for all.
     ///
     /// # Errors
-    /// If there is no such training, it has no held-out pictures, or the model fails.
+    /// If no picture can be read, or the model fails.
     pub fn distances(
         &self,
-        folder: &Path,
-        defense: &Defense,
+        set: &LabelledSet,
+        defenses: &[Defense],
         told: &mut dyn FnMut(&Progress),
-    ) -> Result<Distances> {
-        let rows = self.prepare(self.pictures.as_deref().unwrap_or(folder), told)?;
-        let held_out: Vec<usize> = (rows.trained..rows.labels.len()).collect();
-        if held_out.is_empty() {
-            return Err(Error::argument("held-out pictures", "at least one", 0));
-        }
-        let tower = self.tower.with(defense.inserts());
+    ) -> Result<Vec<Distances>> {
         let attacked = self.craft.unwrap_or(self.tower);
-        // Drawn apart from those of the training.
-        let seed = self.plan.seed.wrapping_sub(1);
-        let mut sums = [0.0; 3];
-        for part in held_out.chunks(self.plan.batch) {
-            let clean = self.pixels(&rows.clean, part)?;
-            let undefended = Subject::undefended(&self.model);
-            let transfer = self.craft(attacked, undefended, &clean, &rows, part, seed)?;
-            let subject = Subject::new(&self.model, defense)?;
-            let with = attacked.with(defense.inserts());
-            let adaptive = self.craft(&with, subject, &clean, &rows, part, seed)?;
-            let labels = vec![0; part.len()];
-            for (sum, pixels) in sums.iter_mut().zip([&clean, &transfer, &adaptive]) {
-                let found =
-                    self.goal.loss_and_gradient(self.tower, &tower, pixels, &clean, &labels, 1.0, false)?;
-                *sum += found.loss;
+        let seed = self.draw("validation", 0);
+        let all: Vec<usize> = (0..set.items().len()).collect();
+        let mut sums = vec![[0.0; 3]; defenses.len()];
+        let mut n = 0;
+        for part in all.chunks(self.plan.batch) {
+            let mut pixels = Vec::new();
+            let mut keys = Vec::new();
+            for &i in part {
+                // One that cannot be read counts for nothing, as in training.
+                if let Ok(picture) = set.picture(i, &self.data.limits) {
+                    let picture = self.data.preprocess.prepare(&picture);
+                    pixels.push(pixels_from_rgb(&picture, self.tower.device())?);
+                    keys.push(key(&set.items()[i].id));
+                }
             }
-            let done = part[0] + part.len() - rows.trained;
-            told(&Progress { now: "validation".into(), done, of: held_out.len(), loss: None });
+            if pixels.is_empty() {
+                continue;
+            }
+            let clean = Tensor::stack(&pixels, 0)?;
+            let labels = vec![0; keys.len()];
+            let pictures = Pictures::new(&clean, keys)?;
+            let craft = |tower: &Clip, subject: Subject| {
+                self.goal.craft(&self.plan, self.tower, tower, subject, &pictures, labels.clone(), seed)
+            };
+            let transfer = craft(attacked, Subject::undefended(&self.model))?;
+            for (defense, sums) in defenses.iter().zip(&mut sums) {
+                let tower = self.tower.with(defense.inserts());
+                let subject = Subject::new(&self.model, defense)?;
+                let adaptive = craft(&attacked.with(defense.inserts()), subject)?;
+                for (sum, pixels) in sums.iter_mut().zip([&clean, &transfer, &adaptive]) {
+                    let goal = &self.goal;
+                    let found =
+                        goal.loss_and_gradient(self.tower, &tower, pixels, &clean, &labels, 1.0, false)?;
+                    *sum += found.loss;
+                }
+            }
+            n += labels.len();
+            let done = part.last().map_or(0, |last| last + 1);
+            told(&Progress { now: "validation".into(), done, of: all.len(), loss: None, ended: None });
         }
-        let [clean, transfer, adaptive] = sums.map(|sum| sum / held_out.len() as f64);
-        Ok(Distances { clean, transfer, adaptive })
+        if n == 0 {
+            return Err(Error::argument("validation pictures", "one that can be read", "none"));
+        }
+        let mean = |sum: f64| sum / n as f64;
+        let distances = |[clean, transfer, adaptive]: [f64; 3]| Distances {
+            n,
+            clean: mean(clean),
+            transfer: mean(transfer),
+            adaptive: mean(adaptive),
+        };
+        Ok(sums.into_iter().map(distances).collect())
     }
 }
 

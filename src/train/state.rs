@@ -71,13 +71,30 @@ pub(super) struct State {
     pub(super) epochs: Vec<Epoch>,
 }
 
-/// The part of a [`State`] that is no tensor.
+/// The part of a [`State`] that is no tensor. Numbers stand as their bits: JSON gives some back with
+/// another last bit, and knows no infinity.
 #[derive(Serialize, Deserialize)]
 struct Story {
     moved: u64,
     best_epoch: usize,
-    steps: Vec<Step>,
-    epochs: Vec<Epoch>,
+    /// Epoch and loss.
+    steps: Vec<(usize, u64)>,
+    /// Epoch, the training's and the held-out figures: loss, adversarial, clean.
+    epochs: Vec<(usize, [Option<Bits>; 2])>,
+}
+
+type Bits = (u64, Option<u64>, Option<u64>);
+
+fn to_bits(measured: &Measured) -> Bits {
+    (measured.loss.to_bits(), measured.adversarial.map(f64::to_bits), measured.clean.map(f64::to_bits))
+}
+
+fn of_bits((loss, adversarial, clean): Bits) -> Measured {
+    Measured {
+        loss: f64::from_bits(loss),
+        adversarial: adversarial.map(f64::from_bits),
+        clean: clean.map(f64::from_bits),
+    }
 }
 
 const STORY: &str = "radapt.training";
@@ -112,8 +129,12 @@ impl State {
         let story = Story {
             moved: self.moments.steps,
             best_epoch: self.best_epoch,
-            steps: self.steps.clone(),
-            epochs: self.epochs.clone(),
+            steps: self.steps.iter().map(|step| (step.epoch, step.loss.to_bits())).collect(),
+            epochs: self
+                .epochs
+                .iter()
+                .map(|e| (e.epoch, [e.train.as_ref().map(to_bits), e.held_out.as_ref().map(to_bits)]))
+                .collect(),
         };
         let story = serde_json::to_string(&story).map_err(|e| damaged(e.to_string()))?;
         let metadata = HashMap::from([(STORY.to_string(), story)]);
@@ -152,8 +173,20 @@ impl State {
             moments: Moments { steps: story.moved, first: tensor("first")?, second: tensor("second")? },
             best: tensor("best")?,
             best_epoch: story.best_epoch,
-            steps: story.steps,
-            epochs: story.epochs,
+            steps: story
+                .steps
+                .into_iter()
+                .map(|(epoch, loss)| Step { epoch, loss: f64::from_bits(loss) })
+                .collect(),
+            epochs: story
+                .epochs
+                .into_iter()
+                .map(|(epoch, [train, held_out])| Epoch {
+                    epoch,
+                    train: train.map(of_bits),
+                    held_out: held_out.map(of_bits),
+                })
+                .collect(),
         }))
     }
 

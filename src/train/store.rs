@@ -32,8 +32,18 @@ impl Store {
         let size = file.metadata().map_err(|e| Error::read(path, e))?.len();
         let one = (3 * width * height) as u64;
         let pictures = size / one;
-        file.set_len(pictures * one).map_err(|e| Error::write(path, e))?;
+        if size > pictures * one {
+            file.set_len(pictures * one).map_err(|e| Error::write(path, e))?;
+        }
         Ok(Self { path: path.to_path_buf(), file, width, height, pictures: pictures as usize })
+    }
+
+    /// Drops what is behind the last whole group of `n` pictures: pictures are crafted in groups, and
+    /// the last bits of one may depend on its group.
+    pub(super) fn cut_to_groups(&mut self, n: usize) -> Result<()> {
+        self.pictures -= self.pictures % n.max(1);
+        let size = (self.pictures * 3 * self.width * self.height) as u64;
+        self.file.set_len(size).map_err(|e| Error::write(&self.path, e))
     }
 
     /// How many pictures it has.
