@@ -113,6 +113,37 @@ fn the_llava_has_the_clips_tower_and_the_built_in_anchor_fits_both() {
 }
 
 #[test]
+fn every_built_in_anchor_fits_has_a_card_and_names_the_threats_of_its_figures() {
+    let readme = std::fs::read_to_string(root().join("anchors/README.md")).unwrap();
+    let models = [model("pocket-clip"), model("pocket")];
+    for name in built_in::names() {
+        let anchor = built_in::anchor(name).unwrap();
+        for model in &models {
+            anchor
+                .check(&model.tower_config().unwrap().spec(), &model.fingerprint().unwrap(), false)
+                .unwrap();
+        }
+        assert!(readme.contains(&format!("`{name}`")), "{name} has no card");
+        let Some((eps, examples)) = name.strip_prefix("pocket-").and_then(|rest| rest.split_once('-')) else {
+            continue;
+        };
+        let training = &anchor.meta.training;
+        assert_eq!(
+            (training["eps"].as_str(), training["examples"].as_str()),
+            (&*format!("{eps}/255"), examples)
+        );
+        let rows: Vec<radapt::eval::Row> = serde_json::from_str(&training["validation"]).unwrap();
+        assert!(rows.iter().any(|row| row.attacked.is_some()), "{name}");
+        // The card is written from these.
+        for row in rows.iter().filter(|row| row.defense == "gif+fra") {
+            let (low, high) = row.interval();
+            let figure = format!("{:.1} ({low:.1} to {high:.1})", row.value());
+            assert!(readme.contains(&figure), "{name}: {figure}");
+        }
+    }
+}
+
+#[test]
 fn the_shipped_files_are_the_built_in_ones() {
     for (name, folder) in [("pocket-clip", "clip"), ("pocket", "llava")] {
         let unpacked: PathBuf = model(name).folder;

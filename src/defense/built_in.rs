@@ -4,8 +4,15 @@ use super::Anchor;
 use crate::{Error, Result};
 
 /// Name and file of every built-in anchor.
-static ANCHORS: &[(&str, &[u8])] =
-    &[("pocket-white", include_bytes!("../../anchors/pocket-white.safetensors"))];
+static ANCHORS: &[(&str, &[u8])] = &[
+    ("pocket-white", include_bytes!("../../anchors/pocket-white.safetensors")),
+    ("pocket-4-static", include_bytes!("../../anchors/pocket-4-static.safetensors")),
+    ("pocket-8-static", include_bytes!("../../anchors/pocket-8-static.safetensors")),
+    ("pocket-16-static", include_bytes!("../../anchors/pocket-16-static.safetensors")),
+    ("pocket-4-adaptive", include_bytes!("../../anchors/pocket-4-adaptive.safetensors")),
+    ("pocket-8-adaptive", include_bytes!("../../anchors/pocket-8-adaptive.safetensors")),
+    ("pocket-16-adaptive", include_bytes!("../../anchors/pocket-16-adaptive.safetensors")),
+];
 
 /// The built-in anchors' names.
 pub fn names() -> impl Iterator<Item = &'static str> {
