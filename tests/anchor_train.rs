@@ -1,6 +1,6 @@
 //! R-Adapt+: the training loop against PyTorch, its examples, and trainings that are killed.
 //!
-//! Largest relative difference to PyTorch's losses over 52 steps, reached here: 5e-5.
+//! Reached on a machine with AVX-512: losses of 52 steps within 8e-7 of PyTorch's, anchors within 1.3e-6.
 
 mod fixture;
 
@@ -125,9 +125,9 @@ fn losses_and_anchors_are_pytorch_s_over_50_steps() {
         let worst = apart.fold(0.0, f64::max);
         println!("{name}: losses within {worst:.1e} of PyTorch's");
         // The issue asks for 1e-2.
-        assert!(worst < 1e-3, "{name}: {worst}");
+        assert!(worst < 1e-4, "{name}: {worst}");
         assert!(found.steps[51].loss < 0.8 * found.steps[0].loss, "{name} learns");
-        assert_close(name, &found.anchor, &tiny.expected.tensor(&format!("{name}.anchor")), 5e-3);
+        assert_close(name, &found.anchor, &tiny.expected.tensor(&format!("{name}.anchor")), 1e-4);
     }
 }
 

@@ -134,6 +134,8 @@ fn every_setting_is_trained_on_shared_pictures_and_goes_on() {
         "1,2",
         "--resume",
         "--",
+        "--n",
+        "30",
         "--held-out",
         "4",
         "--batch",
@@ -144,16 +146,16 @@ fn every_setting_is_trained_on_shared_pictures_and_goes_on() {
     let document = json(&run(&sweep(&out, &more)));
     let names: Vec<&str> =
         document["points"].as_array().unwrap().iter().map(|p| p["name"].as_str().unwrap()).collect();
-    assert_eq!(names.len(), 4, "two numbers of pictures for 10 epochs, two numbers of epochs of 2000");
-    assert!(names[0].ends_with("pictures 10, epochs 10") && names[3].ends_with("pictures 2000, epochs 2"));
+    assert_eq!(names.len(), 4, "two numbers of pictures for 10 epochs, two numbers of epochs of 30");
+    assert!(names[0].ends_with("pictures 10, epochs 10") && names[3].ends_with("pictures 30, epochs 2"));
     let anchors = out.join("anchors");
     let written = |ending: &str| {
         let files = std::fs::read_dir(&anchors).unwrap();
         files.filter(|file| file.as_ref().unwrap().file_name().to_string_lossy().ends_with(ending)).count()
     };
     assert_eq!(written(".safetensors"), 4);
-    // 2000 pictures are crafted once for both numbers of epochs.
-    assert!(out.join("pictures-2000/crafted.u8").exists());
+    // 30 pictures are crafted once for both numbers of epochs.
+    assert!(out.join("pictures-30/crafted.u8").exists());
     // An anchor that is lost is made again, the same.
     let lost = std::fs::read_dir(&anchors).unwrap().map(|file| file.unwrap().path());
     let lost =
