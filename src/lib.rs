@@ -43,7 +43,8 @@
 //! ```
 //!
 //! Without the `engine` feature (on by default) the library builds without mistral.rs: pictures,
-//! towers with gradients, text encoders, the defence, anchors and attacks.
+//! towers with gradients, text encoders, the defence, anchors and their training, attacks and
+//! scoring.
 #![deny(missing_docs)]
 
 pub mod attack;
