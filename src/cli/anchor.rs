@@ -6,7 +6,9 @@ use std::process::ExitCode;
 use clap::{Args, Subcommand};
 use radapt::defense::acquire::training_free;
 use radapt::defense::{self, AnchorMeta, Method};
-use radapt::tower::VisionTower;
+use radapt::image::Contract;
+use radapt::model::Model;
+use radapt::tower::{TowerSpec, VisionTower};
 use serde_json::{Map, Value, json};
 
 use super::options::ModelOptions;
@@ -93,22 +95,7 @@ impl Extract {
         spinner.finish_and_clear();
         let anchor = defense::Anchor {
             values,
-            meta: AnchorMeta {
-                method: Method::TrainingFree,
-                base_model: model.name.clone(),
-                base_revision: model.revision.clone(),
-                fingerprint: model.fingerprint()?,
-                guide_model: String::new(),
-                interpolated_from: None,
-                grid: spec.grid,
-                class_token: spec.class_token,
-                image_size: spec.image_size,
-                contract: preprocess.contract,
-                alpha,
-                beta,
-                cutoff,
-                training: Default::default(),
-            },
+            meta: meta(&model, &spec, preprocess.contract, Method::TrainingFree, (alpha, beta, cutoff))?,
         };
         save(global, &anchor, &self.out)
     }
@@ -139,6 +126,32 @@ impl Check {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+/// What every anchor says of the model it is for, and how it is to be used: alpha, beta and cutoff.
+pub fn meta(
+    model: &Model,
+    spec: &TowerSpec,
+    contract: Contract,
+    method: Method,
+    (alpha, beta, cutoff): (f64, f64, f64),
+) -> radapt::Result<AnchorMeta> {
+    Ok(AnchorMeta {
+        method,
+        base_model: model.name.clone(),
+        base_revision: model.revision.clone(),
+        fingerprint: model.fingerprint()?,
+        guide_model: String::new(),
+        interpolated_from: None,
+        grid: spec.grid,
+        class_token: spec.class_token,
+        image_size: spec.image_size,
+        contract,
+        alpha,
+        beta,
+        cutoff,
+        training: Default::default(),
+    })
 }
 
 /// Writes an anchor and says so.

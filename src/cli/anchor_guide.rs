@@ -80,25 +80,19 @@ impl Guide {
         let robust = Robust::find(&self.from, &lookup, &spec, &preprocess, &self.model.device()?)?;
         let (values, interpolated_from) = model_guided(&robust.stem, &spec)?;
         let (alpha, beta, cutoff) = self.settings.settle("fare", spec.image_size, &values)?;
-        let fingerprint = model.fingerprint()?;
         spinner.finish_and_clear();
         let anchor = defense::Anchor {
             values,
             meta: AnchorMeta {
-                method: Method::ModelGuided,
-                base_model: model.name.clone(),
-                base_revision: model.revision.clone(),
-                fingerprint,
                 guide_model: robust.name,
                 interpolated_from,
-                grid: spec.grid,
-                class_token: spec.class_token,
-                image_size: spec.image_size,
-                contract: preprocess.contract,
-                alpha,
-                beta,
-                cutoff,
-                training: Default::default(),
+                ..super::anchor::meta(
+                    &model,
+                    &spec,
+                    preprocess.contract,
+                    Method::ModelGuided,
+                    (alpha, beta, cutoff),
+                )?
             },
         };
         super::anchor::save(global, &anchor, &self.out)

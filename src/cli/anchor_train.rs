@@ -404,20 +404,14 @@ impl Train {
         let anchor = defense::Anchor {
             values: trained.anchor.clone(),
             meta: AnchorMeta {
-                method: Trained::METHOD,
-                base_model: ground.model.name.clone(),
-                base_revision: ground.model.revision.clone(),
-                fingerprint: ground.model.fingerprint()?,
-                guide_model: String::new(),
-                interpolated_from: None,
-                grid: spec.grid,
-                class_token: spec.class_token,
-                image_size: spec.image_size,
-                contract: ground.preprocess.contract,
-                alpha: plan.alpha,
-                beta: plan.beta,
-                cutoff: plan.cutoff,
                 training: more,
+                ..super::anchor::meta(
+                    &ground.model,
+                    &spec,
+                    ground.preprocess.contract,
+                    Trained::METHOD,
+                    (plan.alpha, plan.beta, plan.cutoff),
+                )?
             },
         };
         anchor.save(&self.out)?;
@@ -456,7 +450,9 @@ impl Train {
         // A name or a Hub id stands for the split that is scored.
         let data = Path::new(&self.pictures.data);
         let evaluated = matches!(self.pictures.data.as_str(), "pocket" | "pocket:test")
-            || !data.exists() && !self.pictures.data.starts_with("pocket:");
+            || !data.exists() && !self.pictures.data.starts_with("pocket:")
+            // Of the published folders and files of CIFAR and STL10 it is their test split.
+            || train.items().first().is_some_and(|item| item.id.starts_with("test"));
         let (head, templates) = match self.recipe.objective {
             Objective::Embedding => (None, Vec::new()),
             Objective::Ce => {

@@ -270,8 +270,7 @@ impl Attack {
         let rows: Vec<Value> = found
             .into_iter()
             .map(|(name, work, mut times)| {
-                times.sort_by(f64::total_cmp);
-                let median = (times[(times.len() - 1) / 2] + times[times.len() / 2]) / 2.0;
+                let median = sorted_median(&mut times);
                 json!({
                     "name": name,
                     "shape": shape,
@@ -422,8 +421,7 @@ impl Anchor {
         if times.is_empty() {
             return Err(argument("--n", "at least two whole steps", &self.n.to_string()).into());
         }
-        times.sort_by(f64::total_cmp);
-        let median = (times[(times.len() - 1) / 2] + times[times.len() / 2]) / 2.0;
+        let median = sorted_median(&mut times);
         let row = json!({
             "name": "anchor step",
             "shape": shape,
@@ -443,6 +441,12 @@ impl Anchor {
         print(global, json!({ "rows": [row] }), &text)?;
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// Sorts times, of which there is at least one, and gives their median.
+fn sorted_median(times: &mut [f64]) -> f64 {
+    times.sort_by(f64::total_cmp);
+    (times[(times.len() - 1) / 2] + times[times.len() / 2]) / 2.0
 }
 
 fn forward(tower: &Clip, pixels: &Tensor) -> Result<()> {
