@@ -106,7 +106,7 @@ impl Engine {
     pub fn max_pictures(&self) -> Option<usize> {
         match self.model.kind {
             ModelKind::LlavaNext => Some(1),
-            ModelKind::Llava | ModelKind::Clip => None,
+            _ => None,
         }
     }
 }
@@ -127,6 +127,12 @@ fn load(model: Model, options: EngineOptions) -> Result<Loaded> {
             return Err(Error::Model {
                 model: model.name,
                 reason: "is a CLIP without a language model; chat needs a LLaVA".into(),
+            });
+        }
+        ModelKind::Qwen2Vl | ModelKind::Qwen2_5Vl | ModelKind::Qwen3Vl | ModelKind::Qwen3VlMoe => {
+            return Err(Error::Model {
+                model: model.name,
+                reason: "is a Qwen-VL, which chat does not take yet".into(),
             });
         }
     };
