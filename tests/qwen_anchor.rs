@@ -328,3 +328,80 @@ fn an_anchor_is_trained_and_checked_through_the_binary_at_a_grid_it_has_not_seen
     assert_eq!(std::fs::read(&file).unwrap(), std::fs::read(&again).unwrap());
     fails(&["anchor", "train", "--model", &model, "--size", "24", "--out", name], &["--objective"]);
 }
+
+#[test]
+fn pictures_are_attacked_through_the_binary_and_a_kill_costs_nothing() {
+    let runs = tempfile::tempdir().unwrap();
+    let at = |name: &str| runs.path().join(name).to_str().unwrap().to_string();
+    let llava = path("llava/v4").to_str().unwrap().to_string();
+    let pictures = path("training/pictures").to_str().unwrap().to_string();
+    for (name, model, size) in [
+        ("qwen2", folder("qwen2_vl"), Some("24x40")),
+        ("qwen3", folder("qwen3_vl"), Some("24x40")),
+        ("llava", llava, None),
+    ] {
+        let mut values = Vec::new();
+        for threat in ["transfer", "adaptive"] {
+            let out = at(&format!("{name}-{threat}"));
+            #[rustfmt::skip]
+            let mut arguments = vec![
+                "attack", "pgd", "--model", &model, "--data", &pictures, "--n", "6", "--eps", "8/255,16/255",
+                "--threat", threat, "--steps", "4", "--batch", "4", "--out", &out, "--json", "-q",
+            ];
+            arguments.extend(size.iter().flat_map(|size| ["--size", size]));
+            let found = json_of(&arguments);
+            let rows = found["rows"].as_array().unwrap();
+            assert_eq!((rows.len(), &found["failed"]), (2, &json!(0)));
+            for row in rows {
+                assert_eq!(
+                    (&row["threat"], &row["n"], &row["pictures"]),
+                    (&json!(threat), &json!(6), &json!("8-bit"))
+                );
+            }
+            let value = |i: usize| rows[i]["value"].as_f64().unwrap();
+            assert!(value(1) < value(0) && value(0) < 1.0, "{name} {threat}: {rows:?}");
+            values.push(value(1));
+            let on = if threat == "transfer" { "none" } else { "gif+fra" };
+            let files = Path::new(&out).join(format!("pictures/pgd/16of255/crafted-on-{on}"));
+            let pngs = walk(&files);
+            assert_eq!(pngs.len(), 6);
+            let lines = std::fs::read_to_string(Path::new(&out).join("items.jsonl")).unwrap();
+            for line in lines.lines() {
+                let line: Value = serde_json::from_str(line).unwrap();
+                for moved in line["attacked"].as_array().unwrap() {
+                    let eps = if moved["eps"] == "8/255" { 8.0 } else { 16.0 };
+                    assert!(moved["linf"].as_f64().unwrap() <= eps / 255.0 + 1e-6);
+                }
+            }
+            // Lines lost in a kill are made again, to the same bytes.
+            let file = Path::new(&out).join("items.jsonl");
+            let kept: String = lines.split_inclusive('\n').take(4).collect();
+            std::fs::write(&file, kept + "{\"index\":").unwrap();
+            arguments.push("--resume");
+            assert_eq!(json_of(&arguments), found);
+            assert_eq!(std::fs::read_to_string(&file).unwrap(), lines);
+        }
+        assert!(values[1] < values[0], "{name}: who has the gradients moves more, {values:?}");
+    }
+    let out = at("refused");
+    let model = folder("qwen3_vl");
+    let refused = ["attack", "apgd-ce", "--model", &model, "--threat", "transfer", "--out", &out];
+    fails(&refused, &["pgd"]);
+    let mut refused = vec!["attack", "pgd", "--model", &model, "--threat", "transfer", "--out", &out];
+    refused.extend(["--early-stop"]);
+    fails(&refused, &["--early-stop"]);
+    let clip = path("clip/v4").to_str().unwrap().to_string();
+    fails(
+        &["attack", "pgd", "--model", &clip, "--size", "24", "--threat", "transfer", "--out", &out],
+        &["--size"],
+    );
+}
+
+fn walk(folder: &Path) -> Vec<std::path::PathBuf> {
+    let mut all = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() { all.extend(walk(&path)) } else { all.push(path) }
+    }
+    all
+}
