@@ -1,15 +1,16 @@
-//! How fast the CLIP tower is, and what the defence costs.
+//! How fast the towers are, and what the defence costs.
 //!
-//!     cargo bench --no-default-features --bench tower [-- --small] [-- -n 5] [-- --batch 1]
+//!     cargo bench --no-default-features --bench tower [-- --small | --qwen] [-- -n 5] [-- --batch 1]
 //!
-//! ViT-L/14 at 336 pixels with random weights in f32, or with `--small` four blocks of ViT-B/16 at
-//! 224. Undefended and defended passes alternate strictly, since a machine's speed drifts; ratios
+//! ViT-L/14 at 336 pixels with random weights in f32, with `--small` four blocks of ViT-B/16 at
+//! 224, or with `--qwen` Qwen3-VL-8B's tower at 448. Undefended and defended passes alternate strictly, since a machine's speed drifts; ratios
 //! are taken within each pair. One JSON object per line on stdout, progress on stderr.
 //!
 //! Work is counted as 2 B L (12 N D^2 + 2 N^2 D) for a forward pass, twice that for a step (forward
 //! and the gradient at the pixels), and without block 1's attention where beta is 0.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -18,8 +19,9 @@ use radapt::Result;
 use radapt::defense::acquire::training_free;
 use radapt::defense::{Defense, Fra, Gif, TRAINING_FREE_MIX, default_cutoff};
 use radapt::tower::clip::{Clip, ClipConfig};
+use radapt::tower::qwen::{Qwen, QwenConfig};
 use radapt::tower::weights::Weights;
-use radapt::tower::{Cotangent, VisionTower, Want, Wrt};
+use radapt::tower::{Cotangent, Insertable, Want, Wrt};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::json;
@@ -52,6 +54,7 @@ impl Weights for Seeded {
 
 struct Options {
     small: bool,
+    qwen: bool,
     repeats: usize,
     batch: usize,
 }
@@ -69,6 +72,7 @@ impl Options {
         };
         let options = Self {
             small: has("--small"),
+            qwen: has("--qwen"),
             repeats: number("-n", 5).max(1),
             batch: number("--batch", 1).max(1),
         };
@@ -115,6 +119,12 @@ fn main() -> anyhow::Result<()> {
         eprintln!("nothing is measured without --bench");
         return Ok(());
     };
+    if options.qwen {
+        let text = r#"{"model_type": "qwen3_vl", "vision_config": {"out_hidden_size": 4096}}"#;
+        let config = QwenConfig::parse(text, Path::new("config.json"))?;
+        let tower = Qwen::new(&config, &Seeded, [0.5; 3], [0.5; 3])?.at(448, 448)?;
+        return measure("Qwen3-VL-8B-448", tower, config.intermediate, &options);
+    }
     let (shape, config) = if options.small {
         let sizes = ClipConfig { patch_size: 16, num_hidden_layers: 4, ..Default::default() };
         ("ViT-B/16-224, 4 blocks", sizes)
@@ -130,31 +140,47 @@ fn main() -> anyhow::Result<()> {
         };
         ("ViT-L/14-336", sizes)
     };
-    let (batch, side) = (options.batch, config.image_size);
+    measure(
+        shape,
+        Clip::new(&config, &Seeded, None, [0.5; 3], [0.25; 3])?,
+        config.intermediate_size,
+        &options,
+    )
+}
+
+fn measure<T: Insertable>(
+    shape: &str,
+    plain: T,
+    intermediate: usize,
+    options: &Options,
+) -> anyhow::Result<()> {
+    let batch = options.batch;
     eprintln!("{shape}, batch {batch}, {} repeats", options.repeats);
-    let plain = Clip::new(&config, &Seeded, None, [0.5; 3], [0.25; 3])?;
     let spec = plain.spec().clone();
-    let pixels = Tensor::rand(0f32, 1.0, (batch, 3, side, side), &Device::Cpu)?;
+    let (height, width) = spec.picture;
+    let pixels = Tensor::rand(0f32, 1.0, (batch, 3, height, width), &Device::Cpu)?;
 
     let anchor = training_free(&plain)?;
-    let gif = Arc::new(Gif::new(side, side, default_cutoff(side), &Device::Cpu)?);
-    let defended = |alpha: f64, beta: f64| -> Result<Clip> {
+    let gif = Arc::new(Gif::new(height, width, default_cutoff(spec.image_size), &Device::Cpu)?);
+    let defended = |alpha: f64, beta: f64| -> Result<T> {
         let fra = Arc::new(Fra::new(&anchor, alpha, beta, &Device::Cpu)?);
         Ok(plain.with(Defense { gif: Some(gif.clone()), fra: Some(fra), ..Default::default() }.inserts()))
     };
     let (alpha, beta) = TRAINING_FREE_MIX;
     let (mixed, replaced) = (defended(alpha, beta)?, defended(alpha, 0.0)?);
 
-    let forward = |tower: &Clip| tower.forward(&pixels, &Want::pooled()).map(drop);
-    let step = |tower: &Clip| -> Result<()> {
-        let (features, tape) = tower.forward_tape(&pixels, &Want::pooled())?;
-        let pooled = features.pooled.map(|pooled| pooled * 2.0).transpose()?;
-        let cotangent = Cotangent { pooled, ..Default::default() };
+    let want = if spec.merge.is_some() { Want::merged() } else { Want::pooled() };
+    let forward = |tower: &T| tower.forward(&pixels, &want).map(drop);
+    let step = |tower: &T| -> Result<()> {
+        let (features, tape) = tower.forward_tape(&pixels, &want)?;
+        let twice = |x: Option<Tensor>| x.map(|x| x * 2.0).transpose();
+        let (pooled, merged) = (twice(features.pooled)?, twice(features.merged)?);
+        let cotangent = Cotangent { pooled, merged, ..Default::default() };
         tower.vjp(&tape, &cotangent, Wrt { pixels: true, anchor: false }).map(drop)
     };
 
     let (n, d) = (spec.tokens() as f64, spec.hidden as f64);
-    let mlp = 2.0 * config.intermediate_size as f64 / d;
+    let mlp = 2.0 * intermediate as f64 / d;
     let attention = 2.0 * batch as f64 * (4.0 * n * d * d + 2.0 * n * n * d);
     let all = spec.blocks as f64 * (attention + 2.0 * batch as f64 * mlp * n * d * d);
     let line = |name: &str, times: &[f64], work: f64| {
