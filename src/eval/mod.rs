@@ -1,6 +1,8 @@
 //! Scoring: figures with their counts, intervals and threat models.
 
 pub mod classify;
+pub mod judge;
+pub mod metrics;
 pub mod report;
 mod row;
 pub mod run;
