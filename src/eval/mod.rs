@@ -3,9 +3,11 @@
 pub mod classify;
 pub mod judge;
 pub mod metrics;
+pub mod prompts;
 pub mod report;
 mod row;
 pub mod run;
+pub mod select;
 mod summary;
 pub mod sweep;
 

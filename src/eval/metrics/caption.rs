@@ -217,7 +217,7 @@ const ABBREVIATIONS: &[&str] = &[
     "inc.", "co.", "corp.", "ltd.", "no.", "mt.", "ave.", "blvd.", "rd.", "gen.", "sen.", "gov.",
 ];
 
-/// The words of a caption, in lower case and without punctuation: the Penn Treebank's way that COCO
+/// The words of a caption, in lower case and without punctuation but brackets: the Penn Treebank's way that COCO
 /// captions are tokenised in, for the English of captions. `don't` is `do n't`, `dog's` is `dog 's`,
 /// `cannot` is `can not`; hyphens stay within words, marks of currency and `%` are words.
 pub fn tokenise(caption: &str) -> Vec<String> {
@@ -244,8 +244,6 @@ pub fn tokenise(caption: &str) -> Vec<String> {
                     out.push(c.to_string());
                 }
                 _ if dashes => flush(&mut word, &mut out),
-                // As the Treebank escapes it.
-                '/' => word.push_str("\\/"),
                 _ => word.push(c),
             }
         }

@@ -141,18 +141,15 @@ const PUNCTUATION: [char; 21] = [
     ';', '/', '[', ']', '"', '{', '}', '(', ')', '=', '+', '\\', '_', '-', '>', '<', '@', '`', ',', '?', '!',
 ];
 
+/// Without line breaks and tabs.
 fn trimmed(answer: &str) -> String {
     answer.replace(['\n', '\t'], " ").trim().to_string()
 }
 
 fn without_punctuation(text: &str) -> String {
     let chars: Vec<char> = text.chars().collect();
-    // A comma between digits has every mark taken out, not only itself; so does the official.
-    let digits = |run: &[char]| {
-        let inner = &run[1..run.len() - 1];
-        run[0].is_ascii_digit() && run[run.len() - 1].is_ascii_digit() && inner.iter().all(|c| *c == ',')
-    };
-    let grouped = (0..chars.len()).any(|i| (i + 3..=chars.len()).any(|j| digits(&chars[i..j])));
+    // A comma between two digits has every mark taken out, not only itself; so does the official.
+    let grouped = chars.windows(3).any(|w| w[0].is_numeric() && w[1] == ',' && w[2].is_numeric());
     let mut out = text.to_string();
     for mark in PUNCTUATION {
         let at_space = text.contains(&format!("{mark} ")) || text.contains(&format!(" {mark}"));
@@ -185,16 +182,16 @@ pub fn normalised(answer: &str) -> String {
 }
 
 /// The accuracy of one answer in [0, 1]: the mean, over the humans' answers left out one at a time,
-/// of a third of those that match among the others, 1 at most. As in the official script, nothing is
-/// normalised where all humans say the same. 0 where there are no answers to compare with.
+/// of a third of those that match among the others, 1 at most. As in the official script, whose human
+/// answers come normalised, these lose their punctuation alone, and only where they differ among
+/// themselves. 0 where there are no answers to compare with.
 pub fn accuracy(answer: &str, humans: &[impl AsRef<str>]) -> f64 {
-    let mut humans: Vec<String> = humans.iter().map(|human| trimmed(human.as_ref())).collect();
-    let mut answer = trimmed(answer);
+    let mut humans: Vec<String> = humans.iter().map(|human| human.as_ref().to_string()).collect();
+    let answer = normalised(answer);
     if humans.windows(2).any(|pair| pair[0] != pair[1]) {
         for human in &mut humans {
-            *human = normalised(human);
+            *human = without_punctuation(human);
         }
-        answer = normalised(&answer);
     }
     if humans.is_empty() {
         return 0.0;
