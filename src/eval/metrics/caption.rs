@@ -236,6 +236,17 @@ pub fn tokenise(caption: &str) -> Vec<String> {
                 ',' | ';' | ':' | '?' | '!' | '(' | ')' | '[' | ']' | '{' | '}' | '"' | '…' | '–' | '—'
                 | '`' => {
                     flush(&mut word, &mut out);
+                    // The original means to drop brackets, but looks for their names in capitals.
+                    let bracket = match c {
+                        '(' => "-lrb-",
+                        ')' => "-rrb-",
+                        '[' => "-lsb-",
+                        ']' => "-rsb-",
+                        '{' => "-lcb-",
+                        '}' => "-rcb-",
+                        _ => continue,
+                    };
+                    out.push(bracket.into());
                 }
                 '*' | '|' | '~' | '=' | '+' | '<' | '>' | '$' | '€' | '£' | '%' | '#' | '&'
                     if !(c == '&' && i > 0 && i + 1 < chars.len()) =>
