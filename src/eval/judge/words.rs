@@ -291,25 +291,46 @@ fn is_color(judge: &WordJudge, pair: &Pair, words: &[Token], at: usize) -> bool 
                     | "gold"
             )
         });
+    // "an orange nestled among", but "an orange striped cat"
+    let participle = next.is_some_and(|w| w.ends_with("ed") || w.ends_with("ing"))
+        && words.get(at + 2).is_none_or(|w| {
+            w.gap.parts()
+                || matches!(
+                    w.text.as_str(),
+                    "a" | "against"
+                        | "among"
+                        | "at"
+                        | "behind"
+                        | "beside"
+                        | "between"
+                        | "by"
+                        | "from"
+                        | "in"
+                        | "into"
+                        | "near"
+                        | "next"
+                        | "on"
+                        | "over"
+                        | "the"
+                        | "to"
+                        | "under"
+                        | "with"
+                )
+        });
+    let portion = next.is_some_and(|w| judge.lexicon.is_portion(w));
     let before_noun = next.is_some_and(|w| {
-        !function(w) && !judge.lexicon.is_portion(w) && pair.lookup(w).is_none_or(|id| id != pair.original)
+        !function(w) && !participle && !portion && pair.lookup(w).is_none_or(|id| id != pair.original)
     });
-    let previous = (at > 0 && !words[at].gap.parts()).then(|| words[at - 1].text.as_str());
-    let after_verb = matches!(
-        previous,
-        Some(
-            "is" | "are"
-                | "was"
-                | "color"
-                | "colour"
-                | "bright"
-                | "dark"
-                | "light"
-                | "painted"
-                | "colored"
-                | "mostly"
-        )
-    );
+    let back = |n: usize| at.checked_sub(n).map_or("", |i| text(words, i));
+    let after_verb = !portion
+        && !words[at].gap.parts()
+        && match back(1) {
+            // "The wall is orange", but "it is orange" may answer what it is.
+            "is" | "was" => !matches!(back(2), "this" | "it" | "that"),
+            "are" | "color" | "colour" | "painted" | "colored" | "mostly" => true,
+            "bright" | "dark" | "light" => !matches!(back(2), "a" | "an" | "the" | "one"),
+            _ => false,
+        };
     two_colors || before_noun || after_verb
 }
 
