@@ -12,12 +12,12 @@ use radapt::pocket::{Dataset, Split};
 use serde_json::json;
 
 fn shared() -> Option<PathBuf> {
-    let beside = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/data/coco"));
-    let found = [beside, PathBuf::from("/work/shared/data/coco")].into_iter().find(|folder| folder.is_dir());
-    if found.is_none() {
-        eprintln!("SKIPPED: ../shared/data/coco is not here");
+    let folder = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/data/coco"));
+    if !folder.is_dir() {
+        eprintln!("SKIPPED: `{}` is not here", folder.display());
+        return None;
     }
-    found
+    Some(folder)
 }
 
 fn row(image: &str, keyword: &str, target: &str, questions: &[&str]) -> ObjectRow {

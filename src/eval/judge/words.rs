@@ -415,7 +415,7 @@ fn denied(words: &[Token]) -> Vec<bool> {
             }
             continue;
         }
-        // "is not it a cat" aside, the first words after a denial may be what ends it later.
+        // What ends a denial does not do so as its first word: "not just", "no other".
         let last = words.len().min(from + length);
         while from < last {
             if ends(words, from) && from > k + 1 {
