@@ -28,6 +28,7 @@ enum EvalCommand {
     Classify(Box<ClassifyCommand>),
     /// Figures along the defence's parameters: alpha, beta, cutoff, training pictures and epochs
     Sweep(Box<super::eval_sweep::SweepCommand>),
+    Judge(super::eval_judge::Judge),
     /// Put the shards of a run together
     Merge(Merge),
     /// Make a report of runs: Markdown, CSV or a page with plots
@@ -39,6 +40,7 @@ impl Eval {
         match self.command {
             EvalCommand::Classify(command) => command.run(global),
             EvalCommand::Sweep(command) => command.run(global),
+            EvalCommand::Judge(command) => command.run(global),
             EvalCommand::Merge(command) => command.run(global),
             EvalCommand::Report(command) => command.run(global),
         }

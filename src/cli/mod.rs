@@ -16,6 +16,7 @@ mod classify;
 #[cfg(feature = "engine")]
 mod demo;
 mod eval;
+mod eval_judge;
 mod eval_report;
 mod eval_sweep;
 mod features;

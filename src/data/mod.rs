@@ -20,6 +20,8 @@
 
 mod archive;
 mod cifar;
+pub mod coco;
+pub mod coco300;
 mod folder;
 mod names;
 mod open;

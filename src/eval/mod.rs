@@ -2,9 +2,13 @@
 
 pub mod classify;
 pub mod features;
+pub mod judge;
+pub mod metrics;
+pub mod prompts;
 pub mod report;
 mod row;
 pub mod run;
+pub mod select;
 mod summary;
 pub mod sweep;
 
