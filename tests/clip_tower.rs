@@ -156,7 +156,10 @@ fn hidden_states_come_in_the_order_asked_for() {
     let tower = clip("v4");
     let all = tower.forward(&pixels, &everything(&tower)).unwrap().hidden;
     let order = [3, 0, 3, 1];
-    let found = tower.forward(&pixels, &Want { hidden: order.to_vec(), pooled: false }).unwrap().hidden;
+    let found = tower
+        .forward(&pixels, &Want { hidden: order.to_vec(), pooled: false, merged: false })
+        .unwrap()
+        .hidden;
     assert_eq!(found.len(), order.len());
     for (found, block) in found.iter().zip(order) {
         assert_same(&format!("block {block}"), found, &all[block]);
@@ -281,8 +284,8 @@ fn gradients_equal_finite_differences_along_any_direction() {
     let pixels = expected.tensor("pixels");
     let (hidden, embeds) = (expected.tensor("c_hidden"), expected.tensor("c_embeds"));
     let cotangent =
-        Cotangent { hidden: vec![(2, hidden.clone())], embeds: Some(embeds.clone()), pooled: None };
-    let want = Want { hidden: vec![2], pooled: true };
+        Cotangent { hidden: vec![(2, hidden.clone())], embeds: Some(embeds.clone()), ..Default::default() };
+    let want = Want { hidden: vec![2], pooled: true, merged: false };
     for (activation, folder) in ACTIVATIONS {
         let tower = clip(folder);
         let gradient = gradient(&tower, &pixels, &cotangent);
@@ -314,8 +317,12 @@ fn cotangents_add_up_over_the_outputs() {
     let hidden: Vec<(usize, Tensor)> =
         (0..=4).map(|block| (block, random(&[3, 26, 32], block as u64))).collect();
     let (pooled, embeds) = (random(&[3, 32], 10), random(&[3, 24], 11));
-    let together =
-        Cotangent { hidden: hidden.clone(), pooled: Some(pooled.clone()), embeds: Some(embeds.clone()) };
+    let together = Cotangent {
+        hidden: hidden.clone(),
+        pooled: Some(pooled.clone()),
+        embeds: Some(embeds.clone()),
+        ..Default::default()
+    };
     let mut parts: Vec<Cotangent> =
         hidden.into_iter().map(|(block, given)| at_hidden(block, given)).collect();
     parts.extend([at_pooled(pooled), at_embeds(embeds)]);
@@ -596,7 +603,7 @@ fn activations_and_their_slopes_hold_far_from_zero() {
         near("'s slope", activation.vjp(&x, &ones).unwrap(), slope, 2.0);
     }
     let message = Activation::from_config("relu").unwrap_err().to_string();
-    assert_eq!(message, "hidden_act: expected quick_gelu, gelu, gelu_pytorch_tanh or gelu_new, found relu");
+    assert_eq!(message, "hidden_act: expected quick_gelu, gelu, gelu_pytorch_tanh, gelu_new or silu, found relu");
 }
 
 // --- Errors ------------------------------------------------------------------------------------
@@ -638,7 +645,7 @@ fn pixels_of_another_shape_or_type_are_an_error() {
 #[test]
 fn a_block_that_does_not_exist_is_an_error() {
     let pixels = expected().tensor("pixels");
-    for want in [Want::hidden(5), Want { hidden: vec![0, usize::MAX], pooled: true }] {
+    for want in [Want::hidden(5), Want { hidden: vec![0, usize::MAX], pooled: true, merged: false }] {
         assert_error(
             clip("v4").forward(&pixels, &want),
             &["block", "0 to 4", &want.hidden.last().unwrap().to_string()],

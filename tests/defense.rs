@@ -313,7 +313,7 @@ fn a_gradient_is_the_same_whatever_else_is_asked_for() {
         let cotangent = Cotangent {
             hidden: vec![(0, expected.tensor("c_hidden")), (2, expected.tensor("c_hidden"))],
             embeds: Some(expected.tensor("c_embeds")),
-            pooled: None,
+            ..Default::default()
         };
         let (_, both) = run(&tower, &pixels, &cotangent, BOTH);
         let (_, anchor) = run(&tower, &pixels, &cotangent, Wrt { pixels: false, anchor: true });

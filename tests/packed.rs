@@ -125,12 +125,17 @@ fn passes(batch: usize) -> Vec<(&'static str, Want, Cotangent)> {
         ("pooled", Want::pooled(), Cotangent { pooled: pooled.clone(), ..Default::default() }),
         (
             "all",
-            Want { hidden: vec![0, 1, 2, 3], pooled: true },
-            Cotangent { hidden: vec![hidden(0), hidden(2), hidden(3)], pooled, embeds: embeds.clone() },
+            Want { hidden: vec![0, 1, 2, 3], pooled: true, merged: false },
+            Cotangent {
+                hidden: vec![hidden(0), hidden(2), hidden(3)],
+                pooled,
+                embeds: embeds.clone(),
+                ..Default::default()
+            },
         ),
         (
             "pooled and a hidden state before",
-            Want { hidden: vec![1], pooled: true },
+            Want { hidden: vec![1], pooled: true, merged: false },
             Cotangent { hidden: vec![hidden(1), hidden(1)], embeds, ..Default::default() },
         ),
         ("hidden", Want::hidden(2), Cotangent { hidden: vec![hidden(2)], ..Default::default() }),
@@ -225,6 +230,7 @@ fn a_picture_has_the_same_bits_in_every_batch_and_with_every_number_of_threads()
                 hidden: cotangent.hidden.iter().map(|(b, h)| (*b, row(h, i, n))).collect(),
                 pooled: cotangent.pooled.as_ref().map(|p| row(p, i, n)),
                 embeds: cotangent.embeds.as_ref().map(|e| row(e, i, n)),
+                ..Default::default()
             };
             let all = pixels(21);
             let (features, gradients) = pass(&fast, &all, &want, &cotangent, false);

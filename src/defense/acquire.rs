@@ -2,16 +2,15 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::tower::clip::Clip;
 use crate::tower::stem::Stem;
-use crate::tower::{TowerSpec, VisionTower};
+use crate::tower::{Insertable, TowerSpec};
 use crate::{Error, Result};
 
 /// The training-free anchor, the paper's Eq. 6: the tower's own first attention output on a
 /// uniform white picture, `(N, D)` f32 on the CPU. Whatever is put into the tower is ignored.
-pub fn training_free(tower: &Clip) -> Result<Tensor> {
-    let side = tower.spec().image_size;
-    let white = Tensor::ones((1, 3, side, side), DType::F32, tower.device())?;
+pub fn training_free(tower: &impl Insertable) -> Result<Tensor> {
+    let (height, width) = tower.spec().picture;
+    let white = Tensor::ones((1, 3, height, width), DType::F32, tower.device())?;
     let attention = tower.first_attention(&white)?;
     Ok(attention.squeeze(0)?.to_dtype(DType::F32)?.to_device(&Device::Cpu)?)
 }

@@ -11,12 +11,13 @@ use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::SmartResize;
 use super::resize::{Axis, Filter, Padded, resize, resize_matrix, resize_window};
 use crate::error::{Error, Result};
 
 /// The ways in which pictures of any shape are brought to a tower's size.
 ///
-/// Written and parsed as `clip`, `llava-pad`, `llava-crop` and `squash`, also by serde.
+/// Written and parsed as `clip`, `llava-pad`, `llava-crop`, `squash` and `qwen`, also by serde.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Contract {
@@ -30,11 +31,14 @@ pub enum Contract {
     LlavaCrop,
     /// Resized to the final size at once, without regard to the aspect ratio.
     Squash,
+    /// To the size that [`SmartResize`] chooses for each picture, as `Qwen2VLImageProcessor`; or to
+    /// one size, where that is fixed.
+    Qwen,
 }
 
 impl Contract {
     /// All contracts, in the order in which they are listed to the user.
-    pub const ALL: [Self; 4] = [Self::Clip, Self::LlavaPad, Self::LlavaCrop, Self::Squash];
+    pub const ALL: [Self; 5] = [Self::Clip, Self::LlavaPad, Self::LlavaCrop, Self::Squash, Self::Qwen];
 
     /// The contract's name.
     pub const fn name(self) -> &'static str {
@@ -43,6 +47,7 @@ impl Contract {
             Self::LlavaPad => "llava-pad",
             Self::LlavaCrop => "llava-crop",
             Self::Squash => "squash",
+            Self::Qwen => "qwen",
         }
     }
 }
@@ -69,7 +74,8 @@ impl FromStr for Contract {
     }
 }
 
-/// What a picture is resized to before its centre is cropped; [`Contract::Squash`] does without.
+/// What a picture is resized to before its centre is cropped, which [`Contract::Squash`] and
+/// [`Contract::Qwen`] do without.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scale {
     /// The shorter side to so many pixels, the longer one in proportion, rounded down.
@@ -81,6 +87,8 @@ pub enum Scale {
         /// In pixels.
         height: u32,
     },
+    /// To a size that depends on the picture ([`Contract::Qwen`]).
+    Smart(SmartResize),
 }
 
 impl Scale {
@@ -91,8 +99,16 @@ impl Scale {
             Self::ShortestEdge(edge) if width <= height => (edge as usize, longer(edge, height, width)),
             Self::ShortestEdge(edge) => (longer(edge, width, height), edge as usize),
             Self::Exact { width, height } => (width as usize, height as usize),
+            Self::Smart(smart) => {
+                let (height, width) = smart.unchecked(side(height), side(width));
+                (width as usize, height as usize)
+            }
         }
     }
+}
+
+fn side(pixels: usize) -> u32 {
+    u32::try_from(pixels).unwrap_or(u32::MAX)
 }
 
 /// How a model prepares a picture: from a decoded picture to its input pixels.
@@ -100,9 +116,9 @@ impl Scale {
 pub struct Preprocess {
     /// The way from any shape to the final size.
     pub contract: Contract,
-    /// The final width, in pixels.
+    /// The final width, in pixels; 0 where it depends on the picture.
     pub width: u32,
-    /// The final height, in pixels.
+    /// The final height, in pixels; 0 where it depends on the picture.
     pub height: u32,
     /// What is resized to before the crop.
     pub scale: Scale,
@@ -167,7 +183,54 @@ impl Preprocess {
         }
         match Config::find(dir)? {
             Some(config) => config.preprocess(image_size, contract, default),
-            None => Ok(Self::clip(image_size, contract.unwrap_or(default))),
+            None => {
+                let contract = contract.unwrap_or(default);
+                not_qwen(contract)?;
+                Ok(Self::clip(image_size, contract))
+            }
+        }
+    }
+
+    /// Reads how the Qwen-VL in a folder prepares pictures, for a tower of this patch side and this
+    /// many merged patches a side.
+    ///
+    /// From the same files as [`Preprocess::from_folder`]: `size` with `shortest_edge` and
+    /// `longest_edge`, which are areas, or `min_pixels` and `max_pixels`, which win. What they do not
+    /// say is as in transformers 5.23's `Qwen2VLImageProcessor`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Preprocess::from_folder`], and if the file has another patch than the tower.
+    pub fn qwen_from_folder(dir: &Path, patch: u32, merge: u32) -> Result<Self> {
+        let config = match Config::find(dir)? {
+            Some(config) => config,
+            None => Config { path: dir.join("preprocessor_config.json"), keys: Map::new() },
+        };
+        config.qwen(patch, merge)
+    }
+
+    /// The same with every picture brought to one size: what attacks and trainings take, whose
+    /// pictures go together.
+    #[must_use]
+    pub fn fixed(&self, height: u32, width: u32) -> Self {
+        Self { width, height, scale: Scale::Exact { width, height }, ..self.clone() }
+    }
+
+    /// Whether every picture comes out of the same size.
+    pub fn is_fixed(&self) -> bool {
+        self.width > 0 && self.height > 0
+    }
+
+    /// The height and width that a picture of `height` x `width` comes out with.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Argument`] for a picture that the contract does not take: a Qwen-VL's is at most 200
+    /// times as long as wide.
+    pub fn size_of(&self, height: u32, width: u32) -> Result<(u32, u32)> {
+        match self.scale {
+            Scale::Smart(smart) => smart.size(height, width),
+            _ => Ok((self.height, self.width)),
         }
     }
 
@@ -180,9 +243,17 @@ impl Preprocess {
     /// difference, rounded down, in transformers and in the original LLaVA alike.
     ///
     /// Nothing larger than the picture is built on the way, whatever its aspect ratio. A picture
-    /// without pixels comes out black.
+    /// without pixels comes out black. [`Contract::Qwen`] without a fixed size takes what
+    /// [`Preprocess::size_of`] refuses all the same.
     pub fn prepare(&self, image: &RgbImage) -> RgbImage {
-        if self.contract == Contract::Squash {
+        if let Scale::Smart(_) = self.scale {
+            let (width, height) = match image.dimensions() {
+                (0, _) | (_, 0) => return RgbImage::new(0, 0),
+                (width, height) => self.scale.apply(width as usize, height as usize),
+            };
+            return resize(image, side(width), side(height), self.filter);
+        }
+        if matches!(self.contract, Contract::Squash | Contract::Qwen) {
             return resize(image, self.width, self.height, self.filter);
         }
         let mut source = Padded::plain(image);
@@ -221,12 +292,15 @@ impl Preprocess {
                 "llava-pad",
             ));
         }
+        if !self.is_fixed() {
+            return Err(Error::argument("contract", "one with a fixed size", self.contract.name()));
+        }
         if height * width == 0 {
             return Err(Error::argument("picture size", "at least 1 x 1", format!("{height} x {width}")));
         }
         let (high, wide) = (self.height as usize, self.width as usize);
         let (scaled_wide, scaled_high) = match self.contract {
-            Contract::Squash => (wide, high),
+            Contract::Squash | Contract::Qwen => (wide, high),
             _ => self.scale.apply(width, height),
         };
         let axis = |input: usize, scaled: usize, wanted: usize| {
@@ -263,6 +337,16 @@ impl Preprocess {
         }
         let pixels = images.iter().map(|image| self.pixels(image, device)).collect::<Result<Vec<_>>>()?;
         Ok(Tensor::stack(&pixels, 0)?)
+    }
+}
+
+/// That a tower of one size is not asked for sizes that depend on the picture.
+fn not_qwen(contract: Contract) -> Result<()> {
+    match contract {
+        Contract::Qwen => {
+            Err(Error::argument("contract", "clip, llava-pad, llava-crop or squash for this model", "qwen"))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -409,30 +493,90 @@ impl Config {
                 return Err(self.wrong(step, "false is not supported, this step is always done"));
             }
         }
-        if let Some(factor) = self.get("rescale_factor")
-            && !factor.as_f64().is_some_and(|factor| (factor - 1.0 / 255.0).abs() <= 1e-6)
-        {
-            return Err(self.expected("rescale_factor", "1/255", factor));
-        }
         let padded = self.flag("do_pad")? == Some(true);
         let contract = contract.unwrap_or(if padded { Contract::LlavaPad } else { default });
+        not_qwen(contract)?;
         let scale = self.scale()?.unwrap_or(Scale::ShortestEdge(image_size));
         let (width, height) = match (self.crop_size()?, scale) {
             (Some(size), _) => size,
             (None, Scale::ShortestEdge(edge)) => (edge, edge),
             (None, Scale::Exact { width, height }) => (width, height),
+            (None, Scale::Smart(_)) => (image_size, image_size),
         };
+        Ok(Preprocess { contract, width, height, scale, ..self.normal()? })
+    }
+
+    fn qwen(&self, patch: u32, merge: u32) -> Result<Preprocess> {
+        for step in ["do_resize", "do_rescale", "do_normalize"] {
+            if self.flag(step)? == Some(false) {
+                return Err(self.wrong(step, "false is not supported, this step is always done"));
+            }
+        }
+        for (key, side) in [("patch_size", patch), ("merge_size", merge)] {
+            if let Some(found) = self.get(key).filter(|found| found.as_u64() != Some(side.into())) {
+                return Err(self.expected(key, &format!("{side}, as the tower has"), found));
+            }
+        }
+        // Areas, whatever they are called.
+        let area = |object: &Map<String, Value>, key: &str| -> Result<Option<u64>> {
+            let Some(value) = object.get(key).filter(|value| !value.is_null()) else { return Ok(None) };
+            let most = MAX_CONFIGURED * MAX_CONFIGURED;
+            match value.as_u64().filter(|area| (1..=most).contains(area)) {
+                Some(area) => Ok(Some(area)),
+                None => Err(self.expected(key, &format!("1 to {most} pixels"), value)),
+            }
+        };
+        let empty = Map::new();
+        let size = match self.get("size") {
+            None => &empty,
+            Some(Value::Object(size)) => size,
+            Some(other) => {
+                let expected = "{\"shortest_edge\": n, \"longest_edge\": n}";
+                return Err(self.expected("size", expected, other));
+            }
+        };
+        let limit = |top: &str, inner: &str, default: u64| -> Result<u64> {
+            let found = [area(&self.keys, top)?, area(size, inner)?, area(size, top)?];
+            match found.into_iter().flatten().next() {
+                Some(area) => Ok(area),
+                None if size.is_empty() => Ok(default),
+                None => Err(self.expected("size", &format!("`{inner}` in it"), &Value::Object(size.clone()))),
+            }
+        };
+        let min_pixels = limit("min_pixels", "shortest_edge", 56 * 56)?;
+        let max_pixels = limit("max_pixels", "longest_edge", 28 * 28 * 1280)?;
+        if min_pixels > max_pixels {
+            return Err(self.wrong("size", format!("at least {min_pixels} pixels and at most {max_pixels}")));
+        }
+        let factor = patch.checked_mul(merge).filter(|factor| u64::from(*factor) <= MAX_CONFIGURED);
+        let factor = factor.ok_or_else(|| self.wrong("patch_size", "too large"))?;
+        Ok(Preprocess {
+            contract: Contract::Qwen,
+            width: 0,
+            height: 0,
+            scale: Scale::Smart(SmartResize { factor, min_pixels, max_pixels }),
+            ..self.normal()?
+        })
+    }
+
+    /// The filter and the normalisation, at no size.
+    fn normal(&self) -> Result<Preprocess> {
         let mean = self.channels("image_mean")?.unwrap_or(CLIP_MEAN);
         let std = self.channels("image_std")?.unwrap_or(CLIP_STD);
         // Also catches what is zero only as f32, and negative deviations.
         if std.iter().any(|&x| x as f32 <= 0.0) {
             return Err(self.wrong("image_std", format!("expected positive numbers, found {std:?}")));
         }
+        if let Some(factor) = self.get("rescale_factor")
+            && !factor.as_f64().is_some_and(|factor| (factor - 1.0 / 255.0).abs() <= 1e-6)
+        {
+            return Err(self.expected("rescale_factor", "1/255", factor));
+        }
         Ok(Preprocess {
-            contract,
-            width,
-            height,
-            scale,
+            contract: Contract::Squash,
+            width: 0,
+            height: 0,
+            scale: Scale::Exact { width: 0, height: 0 },
             filter: self.filter()?,
             mean: mean.map(|x| x as f32),
             std: std.map(|x| x as f32),

@@ -16,7 +16,9 @@ use super::layers::{Activation, Attention, AttentionTape, LayerNorm, Linear};
 use super::packed::{self, Engine, Outside};
 use super::stem::{self, Embedding, VisionWeights};
 use super::weights::{Checkpoint, Weights};
-use super::{Cotangent, Features, Gradients, Inserts, Precision, TowerSpec, VisionTower, Want, Wrt};
+use super::{
+    Cotangent, Features, Gradients, Insertable, Inserts, Precision, TowerSpec, VisionTower, Want, Wrt,
+};
 use crate::{Error, Result};
 
 /// The vision part of a `config.json`. Defaults are those of transformers' `CLIPVisionConfig`.
@@ -94,6 +96,7 @@ impl ClipConfig {
         TowerSpec {
             family: "clip",
             image_size: self.image_size,
+            picture: (self.image_size, self.image_size),
             patch_size: self.patch_size,
             grid: (side, side),
             class_token: true,
@@ -101,6 +104,7 @@ impl ClipConfig {
             blocks: self.num_hidden_layers,
             heads: self.num_attention_heads,
             projection: None,
+            merge: None,
         }
     }
 
@@ -510,6 +514,9 @@ impl Clip {
         if let Some(&block) = want.hidden.iter().find(|&&block| block > self.spec.blocks) {
             return Err(Error::argument("block", format!("0 to {}", self.spec.blocks), block));
         }
+        if want.merged {
+            return Err(Error::argument("feature", "one that the tower has", "merged embeddings"));
+        }
         if let Some(packed) = &self.packed {
             let (features, kept) = packed.forward(pixels, want, &self.inserts, tape.is_some())?;
             if let Some(tape) = tape {
@@ -566,7 +573,8 @@ impl Clip {
                 tape.class = Some(class);
             }
         }
-        Ok(Features { hidden: hidden.into_iter().flatten().collect(), pooled, embeds })
+        let hidden = hidden.into_iter().flatten().collect();
+        Ok(Features { hidden, pooled, embeds, ..Features::default() })
     }
 
     /// The gradient at the last block's output from those at the pooled outputs.
@@ -651,6 +659,10 @@ impl VisionTower for Clip {
     }
 
     fn vjp(&self, tape: &ClipTape, cotangent: &Cotangent, wrt: Wrt) -> Result<Gradients> {
+        if cotangent.merged.is_some() || !cotangent.deepstack.is_empty() {
+            let expected = "none at merged embeddings: the tower has none";
+            return Err(Error::argument("cotangent", expected, "one"));
+        }
         match (&self.packed, &tape.packed) {
             (Some(packed), Some(tape)) => return packed.vjp(tape, cotangent, wrt, &self.inserts),
             (None, None) => {}
@@ -723,6 +735,20 @@ impl VisionTower for Clip {
     }
 }
 
+impl Insertable for Clip {
+    fn with(&self, inserts: Inserts) -> Self {
+        Clip::with(self, inserts)
+    }
+
+    fn first_attention(&self, pixels: &Tensor) -> Result<Tensor> {
+        Clip::first_attention(self, pixels)
+    }
+
+    fn fingerprint(&self) -> Result<String> {
+        Clip::fingerprint(self)
+    }
+}
+
 /// [`Clip::fingerprint`] of the tower in `checkpoint`, reading only what it covers.
 ///
 /// # Errors
@@ -761,7 +787,7 @@ fn in_trunk(name: &str) -> bool {
         || name.starts_with("encoder.layers.0.")
 }
 
-fn fingerprint(tensors: impl Iterator<Item = Result<(String, Tensor)>>) -> Result<String> {
+pub(super) fn fingerprint(tensors: impl Iterator<Item = Result<(String, Tensor)>>) -> Result<String> {
     let mut hash = Sha256::new();
     for named in tensors {
         let (name, tensor) = named?;
@@ -775,7 +801,7 @@ fn fingerprint(tensors: impl Iterator<Item = Result<(String, Tensor)>>) -> Resul
     Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
 }
 
-fn add(a: Option<Tensor>, b: Option<Tensor>) -> Result<Option<Tensor>> {
+pub(super) fn add(a: Option<Tensor>, b: Option<Tensor>) -> Result<Option<Tensor>> {
     Ok(match (a, b) {
         (Some(a), Some(b)) => Some((a + b)?),
         (a, b) => a.or(b),

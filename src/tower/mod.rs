@@ -12,6 +12,7 @@ pub mod clip;
 pub mod layers;
 pub(crate) mod open_clip;
 mod packed;
+pub mod qwen;
 pub mod stem;
 mod torch;
 pub mod weights;
@@ -35,10 +36,12 @@ pub enum Precision {
 /// What a tower is: its shapes and where its weights came from.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TowerSpec {
-    /// The kind of tower: `clip`.
+    /// The kind of tower: `clip`, `qwen2_vl`, `qwen2_5_vl` or `qwen3_vl`.
     pub family: &'static str,
-    /// Side of the square picture, in pixels.
+    /// Side of the square picture, in pixels; the shorter side where it is none.
     pub image_size: usize,
+    /// Height and width of the picture, in pixels.
+    pub picture: (usize, usize),
     /// Side of a patch, in pixels.
     pub patch_size: usize,
     /// Patches down and across.
@@ -53,12 +56,33 @@ pub struct TowerSpec {
     pub heads: usize,
     /// Width of the pooled embedding after the projection, where the checkpoint has one.
     pub projection: Option<usize>,
+    /// What becomes of the patch tokens in a tower that merges them. Such towers take pictures of
+    /// any size; what is said here of picture and grid is said of one.
+    pub merge: Option<Merge>,
+}
+
+/// How a Qwen-VL tower hands its patch tokens to the language model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Merge {
+    /// Patches down and across that become one token.
+    pub side: usize,
+    /// Width of such a token, that of the language model.
+    pub width: usize,
+    /// Blocks whose output is merged too, for the language model's early layers (DeepStack).
+    pub deepstack: Vec<usize>,
 }
 
 impl TowerSpec {
     /// Tokens per picture, N: the patches and the class token.
     pub fn tokens(&self) -> usize {
         self.grid.0 * self.grid.1 + usize::from(self.class_token)
+    }
+
+    /// Tokens per picture that the language model reads of a tower that merges them, DeepStack's
+    /// included.
+    pub fn merged_tokens(&self) -> Option<usize> {
+        let merge = self.merge.as_ref()?;
+        Some(self.grid.0 * self.grid.1 / merge.side.pow(2).max(1) * (1 + merge.deepstack.len()))
     }
 }
 
@@ -95,6 +119,13 @@ pub struct Inserts {
     pub attention: Option<Arc<dyn AttentionMix>>,
 }
 
+/// What is put into a tower that takes pictures of any size.
+pub trait GridInserts: Send + Sync {
+    /// For pictures of so many patches down and across. What is mixed into the attention output has
+    /// its rows patch by patch, row by row of the picture.
+    fn at(&self, grid: (usize, usize)) -> Result<Inserts>;
+}
+
 /// Which outputs a forward pass computes; blocks behind the last one asked for are not run.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Want {
@@ -102,32 +133,41 @@ pub struct Want {
     pub hidden: Vec<usize>,
     /// The pooled embedding.
     pub pooled: bool,
+    /// What the language model reads, merged embeddings and DeepStack features, of a tower that
+    /// merges its tokens.
+    pub merged: bool,
 }
 
 impl Want {
     /// The hidden state after `block` alone.
     pub fn hidden(block: usize) -> Self {
-        Self { hidden: vec![block], pooled: false }
+        Self { hidden: vec![block], ..Self::default() }
     }
 
-    /// Every hidden state and the pooled embedding.
+    /// Every hidden state, and the pooled or the merged embeddings.
     pub fn everything(spec: &TowerSpec) -> Self {
-        Self { hidden: (0..=spec.blocks).collect(), pooled: true }
+        let merged = spec.merge.is_some();
+        Self { hidden: (0..=spec.blocks).collect(), pooled: !merged, merged }
     }
 
     /// The pooled embedding alone.
     pub fn pooled() -> Self {
-        Self { hidden: Vec::new(), pooled: true }
+        Self { pooled: true, ..Self::default() }
+    }
+
+    /// What the language model reads alone.
+    pub fn merged() -> Self {
+        Self { merged: true, ..Self::default() }
     }
 
     /// The last block to run.
     pub(crate) fn last_block(&self, blocks: usize) -> usize {
-        if self.pooled { blocks } else { self.hidden.iter().copied().max().unwrap_or(0) }
+        if self.pooled || self.merged { blocks } else { self.hidden.iter().copied().max().unwrap_or(0) }
     }
 }
 
 /// The outputs of a forward pass.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Features {
     /// `(B, N, D)` per entry of [`Want::hidden`], in that order.
     pub hidden: Vec<Tensor>,
@@ -135,6 +175,12 @@ pub struct Features {
     pub pooled: Option<Tensor>,
     /// `pooled` after the projection, `(B, projection)`, where the checkpoint has one.
     pub embeds: Option<Tensor>,
+    /// The merged embeddings, `(B, N / side^2, width)` with [`Merge::side`] and [`Merge::width`],
+    /// row by row of the picture, if asked for.
+    pub merged: Option<Tensor>,
+    /// DeepStack's features, of the same shape, one per entry of [`Merge::deepstack`], where
+    /// `merged` is asked for.
+    pub deepstack: Vec<Tensor>,
 }
 
 /// Gradients of a scalar with respect to the outputs of a forward pass.
@@ -146,6 +192,10 @@ pub struct Cotangent {
     pub pooled: Option<Tensor>,
     /// At [`Features::embeds`], `(B, projection)`.
     pub embeds: Option<Tensor>,
+    /// At [`Features::merged`].
+    pub merged: Option<Tensor>,
+    /// At [`Features::deepstack`], by the number of the entry.
+    pub deepstack: Vec<(usize, Tensor)>,
 }
 
 /// Which gradients `vjp` forms. Those of the weights never are.
@@ -198,6 +248,27 @@ pub trait VisionTower: Send + Sync {
     /// If a cotangent is given for an output the tape does not reach, or the gradient of an
     /// anchor is asked for where none is put in.
     fn vjp(&self, tape: &Self::Tape, cotangent: &Cotangent, wrt: Wrt) -> Result<Gradients>;
+}
+
+/// A frozen tower that something can be put into.
+pub trait Insertable: VisionTower + Clone {
+    /// The same tower, weights shared, with other things put in.
+    fn with(&self, inserts: Inserts) -> Self;
+
+    /// The first block's attention output `(B, N, D)` for `pixels` `(B, 3, H, W)`, with nothing
+    /// put in: MHSA(Embed(x)) of the paper's Eq. 6 and 7.
+    ///
+    /// # Errors
+    /// If the pixels have another shape than the tower's.
+    fn first_attention(&self, pixels: &Tensor) -> Result<Tensor>;
+
+    /// SHA-256 over the weights that an anchor depends on, the embedding and the first block, each
+    /// as its name and its values; these are rounded to f16 first, so that the same weights stored
+    /// in f32 and in f16 have one fingerprint.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn fingerprint(&self) -> Result<String>;
 }
 
 impl<T: VisionTower> VisionTower for &T {

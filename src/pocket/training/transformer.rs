@@ -11,7 +11,7 @@ use rand_chacha::rand_core::RngCore;
 
 use super::parameters::{Gradients, Parameters};
 use crate::Result;
-use crate::tower::layers::fused;
+use crate::tower::layers::fused::{self, Gate};
 
 /// Added to the variance in every norm.
 pub const EPS: f32 = 1e-5;
@@ -286,7 +286,7 @@ impl<'a> Transformer<'a> {
                 middle.copy_from_slice(x);
                 norm(h, x, w[10], w[11]);
                 affine(up, h, w[12], Some(w[13]), rows, d, f);
-                fused::quick_gelu_chunk(act, up);
+                fused::gate_chunk(act, up, Gate::QuickGelu);
                 affine(h, act, w[14], Some(w[15]), rows, f, d);
                 for (i, (x, h)) in x.chunks_exact_mut(tokens * d).zip(h.chunks_exact(tokens * d)).enumerate()
                 {
@@ -332,12 +332,12 @@ impl<'a> Transformer<'a> {
                 };
                 // The MLP.
                 scaled(branch, g, 1);
-                fused::quick_gelu_chunk(act, up);
+                fused::gate_chunk(act, up, Gate::QuickGelu);
                 with_two(gradients, at[14], at[15], |w, b| {
                     affine_weights(w, Some(b), branch, act, rows, f, d)
                 });
                 product(act, View::rows(f), branch, View::rows(d), w[14], View::rows(f), (rows, f, d), false);
-                fused::quick_gelu_vjp_chunk(dact, up, act);
+                fused::gate_vjp_chunk(dact, up, act, Gate::QuickGelu);
                 norm(h, middle, w[10], w[11]);
                 with_two(gradients, at[12], at[13], |w, b| affine_weights(w, Some(b), dact, h, rows, d, f));
                 product(h, View::rows(d), dact, View::rows(f), w[12], View::rows(d), (rows, d, f), false);

@@ -1,6 +1,6 @@
 use candle_core::Tensor;
 
-use super::fused;
+use super::fused::{self, Gate};
 use crate::{Error, Result};
 
 /// The activation between the two products of a block's MLP, as `hidden_act` names it.
@@ -12,6 +12,8 @@ pub enum Activation {
     Gelu,
     /// The tanh approximation of [`Activation::Gelu`]: `gelu_pytorch_tanh`, `gelu_new`.
     GeluTanh,
+    /// `x sigmoid(x)`: `silu`, Qwen2.5-VL.
+    Silu,
 }
 
 const QUICK: f64 = 1.702;
@@ -23,32 +25,47 @@ impl Activation {
     /// By the name that `hidden_act` has in a configuration.
     ///
     /// # Errors
-    /// If the name is none of `quick_gelu`, `gelu`, `gelu_pytorch_tanh`, `gelu_new`.
+    /// If the name is none of `quick_gelu`, `gelu`, `gelu_pytorch_tanh`, `gelu_new`, `silu`.
     pub fn from_config(name: &str) -> Result<Self> {
         match name {
             "quick_gelu" => Ok(Self::QuickGelu),
             "gelu" => Ok(Self::Gelu),
             "gelu_pytorch_tanh" | "gelu_new" => Ok(Self::GeluTanh),
+            "silu" => Ok(Self::Silu),
             other => {
-                Err(Error::argument("hidden_act", "quick_gelu, gelu, gelu_pytorch_tanh or gelu_new", other))
+                let known = "quick_gelu, gelu, gelu_pytorch_tanh, gelu_new or silu";
+                Err(Error::argument("hidden_act", known, other))
             }
+        }
+    }
+
+    /// The form that one pass over memory computes.
+    fn gate(self) -> Option<Gate> {
+        match self {
+            Self::QuickGelu => Some(Gate::QuickGelu),
+            Self::GeluTanh => Some(Gate::GeluTanh),
+            Self::Silu => Some(Gate::Silu),
+            Self::Gelu => None,
         }
     }
 
     /// Elementwise, any shape.
     pub fn forward(self, x: &Tensor) -> Result<Tensor> {
+        if let Some(gate) = self.gate().filter(|_| fused::applies(x)) {
+            return fused::gate(x, gate);
+        }
         Ok(match self {
-            Self::QuickGelu if fused::applies(x) => fused::quick_gelu(x)?,
             Self::QuickGelu => (x * candle_nn::ops::sigmoid(&(x * QUICK)?)?)?,
             Self::Gelu => x.gelu_erf()?,
             Self::GeluTanh => x.gelu()?,
+            Self::Silu => (x * candle_nn::ops::sigmoid(x)?)?,
         })
     }
 
     /// The gradient at the output to that at the input `x`, of the same shape.
     pub fn vjp(self, x: &Tensor, gradient: &Tensor) -> Result<Tensor> {
-        if self == Self::QuickGelu && fused::applies(x) && fused::applies(gradient) {
-            return fused::quick_gelu_vjp(x, gradient);
+        if let Some(gate) = self.gate().filter(|_| fused::applies(x) && fused::applies(gradient)) {
+            return fused::gate_vjp(x, gradient, gate);
         }
         Ok((gradient * self.derivative(x)?)?)
     }
@@ -74,6 +91,12 @@ impl Activation {
                 let inner = (((square * (3.0 * TANH_CUBIC))? + 1.0)? * (0.5 * TANH_SCALE))?;
                 let slope = ((x * (1.0 - t.sqr()?)?)? * inner)?;
                 (((t + 1.0)? * 0.5)? + slope)?
+            }
+            // s + x s (1 - s), s = sigmoid(x)
+            Self::Silu => {
+                let s = candle_nn::ops::sigmoid(x)?;
+                let slope = (x * (1.0 - &s)?)?;
+                (&s * (slope + 1.0)?)?
             }
         })
     }

@@ -1,7 +1,7 @@
-use candle_core::{D, Tensor};
+use candle_core::{D, Device, Tensor};
 
-use super::{Linear, fused};
-use crate::Result;
+use super::{Linear, Rotary, fused};
+use crate::{Error, Result};
 
 /// Multi-head self-attention with an output projection; no mask but in
 /// [`Attention::forward_causal`].
@@ -19,7 +19,81 @@ pub struct Attention {
     pub heads: usize,
 }
 
-/// What [`Attention::vjp`] needs: queries (scaled), keys and values, each `(B h, N, D / h)`.
+/// Where the tokens are, and which of them attend to which.
+#[derive(Debug, Clone, Default)]
+pub struct Places {
+    /// What turns queries and keys.
+    pub rotary: Option<Rotary>,
+    /// Windows within which tokens attend; all to all where there are none.
+    pub windows: Option<Windows>,
+}
+
+/// A partition of the tokens into windows.
+#[derive(Debug, Clone)]
+pub struct Windows {
+    /// `(N,)` u32: the tokens, window by window, those of one size together.
+    order: Tensor,
+    /// `(N,)` u32: where each token is in `order`.
+    back: Tensor,
+    /// Number of windows and their tokens, as they follow in `order`.
+    runs: Vec<(usize, usize)>,
+}
+
+impl Windows {
+    /// From each window's tokens; together they are all tokens, each once.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn new(mut windows: Vec<Vec<u32>>, device: &Device) -> Result<Self> {
+        windows.retain(|window| !window.is_empty());
+        windows.sort_by_key(|window| std::cmp::Reverse(window.len()));
+        let runs = windows.chunk_by(|a, b| a.len() == b.len()).map(|run| (run.len(), run[0].len())).collect();
+        let order: Vec<u32> = windows.into_iter().flatten().collect();
+        let mut back = vec![0u32; order.len()];
+        for (place, token) in order.iter().enumerate() {
+            back[*token as usize] = place as u32;
+        }
+        let n = order.len();
+        Ok(Self {
+            order: Tensor::from_vec(order, n, device)?,
+            back: Tensor::from_vec(back, n, device)?,
+            runs,
+        })
+    }
+
+    /// Runs `f` on each run of windows of the `(R, N, d)` tensors in `order`, as `(R windows, n, d)`,
+    /// and puts its results, of that shape, together as `(R, N, d)`.
+    fn within<const J: usize, const K: usize>(
+        &self,
+        tensors: [&Tensor; J],
+        f: impl Fn([Tensor; J]) -> Result<[Tensor; K]>,
+    ) -> Result<[Tensor; K]> {
+        let rows = tensors[0].dim(0)?;
+        let mut parts: [Vec<Tensor>; K] = std::array::from_fn(|_| Vec::with_capacity(self.runs.len()));
+        let mut start = 0;
+        for &(windows, tokens) in &self.runs {
+            let part = |x: &Tensor| -> Result<Tensor> {
+                let width = x.dim(2)?;
+                let run = x.narrow(1, start, windows * tokens)?.contiguous()?;
+                Ok(run.reshape((rows * windows, tokens, width))?)
+            };
+            let mut taken = tensors.map(Tensor::clone);
+            for slot in &mut taken {
+                *slot = part(slot)?;
+            }
+            for (whole, found) in parts.iter_mut().zip(f(taken)?) {
+                let width = found.dim(2)?;
+                whole.push(found.reshape((rows, windows * tokens, width))?);
+            }
+            start += windows * tokens;
+        }
+        let whole = parts.iter().map(|part| Ok(Tensor::cat(part, 1)?)).collect::<Result<Vec<_>>>()?;
+        whole.try_into().map_err(|_| Error::Unsupported("windows lost a part".into()))
+    }
+}
+
+/// What [`Attention::vjp`] needs: queries (scaled), keys and values, each `(B h, N, D / h)`, turned
+/// and in the order of the windows where there are such.
 /// The probabilities are computed again instead of being kept.
 #[derive(Debug, Clone)]
 pub struct AttentionTape {
@@ -60,13 +134,30 @@ impl Attention {
 
     /// `(B, N, D)` to `(B, N, D)`, and what the gradient needs.
     pub fn forward(&self, x: &Tensor) -> Result<(Tensor, AttentionTape)> {
-        let AttentionTape { q, k, v } = self.project(x)?;
-        let context = by_heads(&q, |start, heads| {
-            let part = |x: &Tensor| x.narrow(0, start, heads);
-            Ok([probabilities(&part(&q)?, &part(&k)?)?.matmul(&part(&v)?)?])
-        })?;
-        let [context] = context;
-        Ok((self.out.forward(&self.join(&context)?)?, AttentionTape { q, k, v }))
+        let tape = self.project(x)?;
+        let context = attend(&tape)?;
+        Ok((self.out.forward(&self.join(&context)?)?, tape))
+    }
+
+    /// The same with tokens at `places`.
+    pub fn forward_at(&self, x: &Tensor, places: &Places) -> Result<(Tensor, AttentionTape)> {
+        let mut tape = self.project(x)?;
+        if let Some(rotary) = &places.rotary {
+            (tape.q, tape.k) = (rotary.forward(tape.q)?, rotary.forward(tape.k)?);
+        }
+        let context = match &places.windows {
+            None => attend(&tape)?,
+            Some(windows) => {
+                for slot in [&mut tape.q, &mut tape.k, &mut tape.v] {
+                    *slot = slot.index_select(&windows.order, 1)?;
+                }
+                let [context] = windows.within([&tape.q, &tape.k, &tape.v], |[q, k, v]| {
+                    Ok([attend(&AttentionTape { q, k, v })?])
+                })?;
+                context.index_select(&windows.back, 1)?
+            }
+        };
+        Ok((self.out.forward(&self.join(&context)?)?, tape))
     }
 
     /// `(B, N, D)` to `(B, N, D)`, each token attending to itself and to those before it. Without a
@@ -87,30 +178,70 @@ impl Attention {
 
     /// The gradient at the output to that at the input, both `(B, N, D)`.
     pub fn vjp(&self, tape: &AttentionTape, gradient: &Tensor) -> Result<Tensor> {
-        let width = gradient.dim(D::Minus1)?;
         let context = self.split(&self.out.vjp(gradient)?)?;
-        let [q, k, v] = by_heads(&context, |start, heads| {
-            let part = |x: &Tensor| x.narrow(0, start, heads);
-            let (q, k, v, context) = (part(&tape.q)?, part(&tape.k)?, part(&tape.v)?, part(&context)?);
-            let p = probabilities(&q, &k)?;
-            let gradient_v = p.t()?.matmul(&context)?;
-            // Through the softmax: P (dP - sum(dP P)).
-            let scores = context.matmul(&v.t()?)?;
-            let scores = if fused::applies(&scores) && fused::applies(&p) {
-                fused::softmax_vjp(&scores, &p)?;
-                scores
-            } else {
-                let weighted = (&p * scores)?;
-                let along = weighted.sum_keepdim(D::Minus1)?;
-                (weighted - p.broadcast_mul(&along)?)?
-            };
-            let gradient_q = (scores.matmul(&k)? * self.scale(width))?;
-            Ok([gradient_q, scores.t()?.matmul(&q)?, gradient_v])
-        })?;
-        let gradient = self.q.vjp(&self.join(&q)?)?;
-        let gradient = (gradient + self.k.vjp(&self.join(&k)?)?)?;
-        Ok((gradient + self.v.vjp(&self.join(&v)?)?)?)
+        let [q, k, v] = attend_vjp(tape, &context)?;
+        self.project_vjp(q, &k, &v)
     }
+
+    /// The same of [`Attention::forward_at`].
+    pub fn vjp_at(&self, tape: &AttentionTape, gradient: &Tensor, places: &Places) -> Result<Tensor> {
+        let context = self.split(&self.out.vjp(gradient)?)?;
+        let [mut q, mut k, v] = match &places.windows {
+            None => attend_vjp(tape, &context)?,
+            Some(windows) => {
+                let context = context.index_select(&windows.order, 1)?;
+                let all = [&tape.q, &tape.k, &tape.v, &context];
+                let found = windows
+                    .within(all, |[q, k, v, context]| attend_vjp(&AttentionTape { q, k, v }, &context))?;
+                let [q, k, v] = &found;
+                let back = |x: &Tensor| x.index_select(&windows.back, 1);
+                [back(q)?, back(k)?, back(v)?]
+            }
+        };
+        if let Some(rotary) = &places.rotary {
+            (q, k) = (rotary.vjp(q)?, rotary.vjp(k)?);
+        }
+        self.project_vjp(q, &k, &v)
+    }
+
+    /// The gradients at queries (scaled), keys and values, each `(B h, N, D / h)`, to that at the
+    /// input `(B, N, D)`.
+    fn project_vjp(&self, q: Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        let width = q.dim(2)? * self.heads;
+        let gradient = self.q.vjp(&self.join(&(q * self.scale(width))?)?)?;
+        let gradient = (gradient + self.k.vjp(&self.join(k)?)?)?;
+        Ok((gradient + self.v.vjp(&self.join(v)?)?)?)
+    }
+}
+
+/// softmax(q k^T) v, `(R, N, d)`.
+fn attend(tape: &AttentionTape) -> Result<Tensor> {
+    let [context] = by_heads(&tape.q, |start, heads| {
+        let part = |x: &Tensor| x.narrow(0, start, heads);
+        Ok([probabilities(&part(&tape.q)?, &part(&tape.k)?)?.matmul(&part(&tape.v)?)?])
+    })?;
+    Ok(context)
+}
+
+/// The gradient at [`attend`]'s result to those at queries, keys and values, each `(R, N, d)`.
+fn attend_vjp(tape: &AttentionTape, context: &Tensor) -> Result<[Tensor; 3]> {
+    by_heads(context, |start, heads| {
+        let part = |x: &Tensor| x.narrow(0, start, heads);
+        let (q, k, v, context) = (part(&tape.q)?, part(&tape.k)?, part(&tape.v)?, part(context)?);
+        let p = probabilities(&q, &k)?;
+        let gradient_v = p.t()?.matmul(&context)?;
+        // Through the softmax: P (dP - sum(dP P)).
+        let scores = context.matmul(&v.t()?)?;
+        let scores = if fused::applies(&scores) && fused::applies(&p) {
+            fused::softmax_vjp(&scores, &p)?;
+            scores
+        } else {
+            let weighted = (&p * scores)?;
+            let along = weighted.sum_keepdim(D::Minus1)?;
+            (weighted - p.broadcast_mul(&along)?)?
+        };
+        Ok([scores.matmul(&k)?, scores.t()?.matmul(&q)?, gradient_v])
+    })
 }
 
 /// softmax(q k^T), `(B h, N, N)`.

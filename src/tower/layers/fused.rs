@@ -133,21 +133,69 @@ vectorised! {
     }
 }
 
-vectorised! {
-    /// x sigmoid(1.702 x)
-    fn quick_gelu_chunk(out: &mut [f32], x: &[f32]) {
-        for (y, x) in out.iter_mut().zip(x) {
-            *y = x * sigmoid(1.702 * x);
+/// x sigmoid(p(x)), the shape that the activations of the towers share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gate {
+    /// p(x) = 1.702 x
+    QuickGelu,
+    /// p(x) = 2 sqrt(2 / pi) (x + 0.044715 x^3): since (1 + tanh u) / 2 = sigmoid(2 u), this is the
+    /// tanh approximation of GELU.
+    GeluTanh,
+    /// p(x) = x
+    Silu,
+}
+
+/// 2 sqrt(2 / pi)
+const TANH_SCALE: f32 = 1.595_769_1;
+const TANH_CUBIC: f32 = 0.044_715;
+
+impl Gate {
+    /// p(x) and its derivative.
+    #[inline(always)]
+    fn at(self, x: f32) -> (f32, f32) {
+        match self {
+            Self::QuickGelu => (1.702 * x, 1.702),
+            Self::GeluTanh => {
+                let square = x * x;
+                let slope = TANH_SCALE * (1.0 + 3.0 * TANH_CUBIC * square);
+                (TANH_SCALE * x * (1.0 + TANH_CUBIC * square), slope)
+            }
+            Self::Silu => (x, 1.0),
         }
     }
 }
 
 vectorised! {
-    /// g (s + 1.702 x s (1 - s)), s = sigmoid(1.702 x)
-    fn quick_gelu_vjp_chunk(out: &mut [f32], x: &[f32], gradient: &[f32]) {
+    /// x s, s = sigmoid(p(x))
+    fn gate_chunk(out: &mut [f32], x: &[f32], gate: Gate) {
+        for (y, x) in out.iter_mut().zip(x) {
+            *y = x * sigmoid(gate.at(*x).0);
+        }
+    }
+}
+
+vectorised! {
+    /// g (s + x s (1 - s) p'(x)), s = sigmoid(p(x))
+    fn gate_vjp_chunk(out: &mut [f32], x: &[f32], gradient: &[f32], gate: Gate) {
         for ((y, x), g) in out.iter_mut().zip(x).zip(gradient) {
-            let s = sigmoid(1.702 * x);
-            *y = g * (s + 1.702 * x * s * (1.0 - s));
+            let (inner, slope) = gate.at(*x);
+            let s = sigmoid(inner);
+            *y = g * (s + slope * x * s * (1.0 - s));
+        }
+    }
+}
+
+vectorised! {
+    /// The pairs (a, b) of a row's two halves turned: (a c - b s, b c + a s), in place. `turn` has
+    /// the cosines and behind them the sines.
+    fn turn_row(row: &mut [f32], turn: &[f32], sign: f32) {
+        let half = row.len() / 2;
+        let (first, second) = row.split_at_mut(half);
+        let (cosines, sines) = turn.split_at(half);
+        for (((a, b), c), s) in first.iter_mut().zip(second).zip(cosines).zip(sines) {
+            let (x, y, s) = (*a, *b, s * sign);
+            *a = x * c - y * s;
+            *b = y * c + x * s;
         }
     }
 }
@@ -297,30 +345,31 @@ pub fn add_bias(x: &Tensor, bias: &Tensor) -> Result<()> {
 /// Numbers per task of an elementwise operation.
 const CHUNK: usize = 1 << 14;
 
-struct QuickGelu;
+struct Gated(Gate);
 
-impl CustomOp1 for QuickGelu {
+impl CustomOp1 for Gated {
     fn name(&self) -> &'static str {
-        "quick-gelu"
+        "gate"
     }
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Candle<(CpuStorage, Shape)> {
         let x = slice(storage, layout)?;
         let mut out = vec![0f32; x.len()];
-        out.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(out, x)| quick_gelu_chunk(out, x));
+        let chunks = out.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK));
+        chunks.for_each(|(out, x)| gate_chunk(out, x, self.0));
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
 }
 
-/// x sigmoid(1.702 x), any shape.
-pub fn quick_gelu(x: &Tensor) -> Result<Tensor> {
-    Ok(x.apply_op1_no_bwd(&QuickGelu)?)
+/// x sigmoid(p(x)), any shape.
+pub fn gate(x: &Tensor, gate: Gate) -> Result<Tensor> {
+    Ok(x.apply_op1_no_bwd(&Gated(gate))?)
 }
 
-struct QuickGeluVjp;
+struct GatedVjp(Gate);
 
-impl CustomOp2 for QuickGeluVjp {
+impl CustomOp2 for GatedVjp {
     fn name(&self) -> &'static str {
-        "quick-gelu-vjp"
+        "gate-vjp"
     }
     fn cpu_fwd(
         &self,
@@ -333,14 +382,45 @@ impl CustomOp2 for QuickGeluVjp {
         let (x, gradient) = (slice(s1, l1)?, slice(s2, l2)?);
         let mut out = vec![0f32; x.len()];
         let chunks = out.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).zip(gradient.par_chunks(CHUNK));
-        chunks.for_each(|((out, x), gradient)| quick_gelu_vjp_chunk(out, x, gradient));
+        chunks.for_each(|((out, x), gradient)| gate_vjp_chunk(out, x, gradient, self.0));
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
 }
 
-/// The gradient at [`quick_gelu`]'s result to that at `x`, of the same shape.
-pub fn quick_gelu_vjp(x: &Tensor, gradient: &Tensor) -> Result<Tensor> {
-    Ok(x.apply_op2_no_bwd(gradient, &QuickGeluVjp)?)
+/// The gradient at [`gate`]'s result to that at `x`, of the same shape.
+pub fn gate_vjp(x: &Tensor, gradient: &Tensor, gate: Gate) -> Result<Tensor> {
+    Ok(x.apply_op2_no_bwd(gradient, &GatedVjp(gate))?)
+}
+
+/// Turns rows by angles that repeat every `turn` rows; -1 turns them back.
+struct Turn {
+    sign: f32,
+}
+
+impl InplaceOp2 for Turn {
+    fn name(&self) -> &'static str {
+        "turn"
+    }
+    fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Candle<()> {
+        let width = width(l1);
+        let (values, turns) = (slice_mut(s1, l1)?, slice(s2, l2)?);
+        if l2.dims().last() != Some(&width) || turns.is_empty() || values.len() % turns.len() != 0 {
+            let (lhs, rhs) = (l1.shape().clone(), l2.shape().clone());
+            return Err(candle_core::Error::ShapeMismatchBinaryOp { lhs, rhs, op: self.name() }.bt());
+        }
+        let tokens = turns.len() / width;
+        values.par_chunks_mut(width).with_min_len(rows_per_task(width)).enumerate().for_each(|(i, row)| {
+            let start = i % tokens * width;
+            turn_row(row, &turns[start..start + width], self.sign);
+        });
+        Ok(())
+    }
+}
+
+/// Turns the pairs of `x` `(R, N, d)`, in place, by the angles whose cosines and sines are `turns`
+/// `(N, d)`, half of a row each; the other way where `back`. `x` must be nobody else's.
+pub fn turn(x: &Tensor, turns: &Tensor, back: bool) -> Result<()> {
+    Ok(x.inplace_op2(turns, &Turn { sign: if back { -1.0 } else { 1.0 } })?)
 }
 
 struct NormVjp {

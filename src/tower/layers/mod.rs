@@ -9,11 +9,13 @@ mod attention;
 pub(crate) mod fused;
 mod linear;
 mod norm;
+mod rotary;
 
 pub use activation::Activation;
-pub use attention::{Attention, AttentionTape};
+pub use attention::{Attention, AttentionTape, Places, Windows};
 pub use linear::Linear;
-pub use norm::LayerNorm;
+pub use norm::{LayerNorm, Norm, RmsNorm};
+pub use rotary::Rotary;
 
 use candle_core::{DType, Device};
 

@@ -337,7 +337,8 @@ impl<F: Format> Encoder<F> {
                 tape.class = Some(class);
             }
         }
-        Ok((Features { hidden: hidden.into_iter().flatten().collect(), pooled, embeds }, tape))
+        let hidden = hidden.into_iter().flatten().collect();
+        Ok((Features { hidden, pooled, embeds, ..Features::default() }, tape))
     }
 
     /// Rows of a stream as a tensor `(B, tokens, D)`.

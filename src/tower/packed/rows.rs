@@ -69,6 +69,7 @@ fn activate(activation: Activation, x: __m512) -> __m512 {
             let half = _mm512_mul_ps(x, _mm512_set1_ps(0.5));
             _mm512_fmadd_ps(half, tanh(x).0, half)
         }
+        Activation::Silu => _mm512_mul_ps(x, sigmoid(x)),
     }
 }
 
@@ -92,6 +93,11 @@ fn slope(activation: Activation, x: __m512) -> __m512 {
             let (t, inner) = tanh(x);
             let curve = _mm512_mul_ps(_mm512_mul_ps(x, _mm512_fnmadd_ps(t, t, one)), inner);
             _mm512_mul_ps(half, _mm512_add_ps(_mm512_add_ps(one, t), curve))
+        }
+        // s (1 + x (1 - s)), s = sigmoid(x)
+        Activation::Silu => {
+            let s = sigmoid(x);
+            _mm512_mul_ps(s, _mm512_fmadd_ps(x, _mm512_sub_ps(one, s), one))
         }
     }
 }
