@@ -12,6 +12,7 @@ use crate::image::{Contract, Preprocess};
 use crate::pocket::built_in;
 use crate::text::{ClipText, TextConfig};
 use crate::tower::clip::{Clip, ClipConfig, checkpoint_fingerprint, feature_block};
+use crate::tower::qwen::QwenConfig;
 use crate::tower::weights::Checkpoint;
 use crate::{Error, Result};
 
@@ -24,6 +25,21 @@ pub enum ModelKind {
     Llava,
     /// LLaVA-NeXT: tiles of a picture.
     LlavaNext,
+    /// Qwen2-VL: pictures of any size.
+    Qwen2Vl,
+    /// Qwen2.5-VL.
+    Qwen2_5Vl,
+    /// Qwen3-VL, with DeepStack.
+    Qwen3Vl,
+    /// Qwen3-VL with a mixture of experts for its language model.
+    Qwen3VlMoe,
+}
+
+impl ModelKind {
+    /// Whether it is one of the Qwen-VL models.
+    pub const fn is_qwen(self) -> bool {
+        matches!(self, Self::Qwen2Vl | Self::Qwen2_5Vl | Self::Qwen3Vl | Self::Qwen3VlMoe)
+    }
 }
 
 /// How a model is looked up.
@@ -98,7 +114,7 @@ impl Model {
                 return Err(Error::config(
                     path,
                     format!(
-                        "model_type: expected clip, clip_vision_model, llava or llava_next, found {found}"
+                        "model_type: expected clip, clip_vision_model, llava, llava_next, qwen2_vl, qwen2_5_vl, qwen3_vl or qwen3_vl_moe, found {found}"
                     ),
                 ));
             }
@@ -133,16 +149,31 @@ impl Model {
         ClipConfig::parse(&self.config.to_string(), &self.config_file)
     }
 
+    /// The configuration of its vision tower, where it is a Qwen-VL's.
+    ///
+    /// # Errors
+    /// If it is of another kind, or has impossible sizes.
+    pub fn qwen_config(&self) -> Result<QwenConfig> {
+        QwenConfig::parse(&self.config.to_string(), &self.config_file)
+    }
+
     /// How it prepares pictures: its files, or `contract` where given. LLaVA pads unless told
     /// otherwise, as the original does.
     ///
     /// # Errors
     /// If its preprocessor file asks for something unknown, or for another size than the tower's.
     pub fn preprocess(&self, contract: Option<Contract>) -> Result<Preprocess> {
+        if self.kind.is_qwen() {
+            if let Some(other) = contract.filter(|&contract| contract != Contract::Qwen) {
+                return Err(Error::argument("contract", "qwen for this model", other.name()));
+            }
+            let config = self.qwen_config()?;
+            return Preprocess::qwen_from_folder(&self.folder, config.patch as u32, config.merge as u32);
+        }
         let size = self.tower_config()?.image_size as u32;
         let default = match self.kind {
             ModelKind::Clip => Contract::Clip,
-            ModelKind::Llava | ModelKind::LlavaNext => Contract::LlavaPad,
+            _ => Contract::LlavaPad,
         };
         let preprocess = Preprocess::from_folder(&self.folder, size, contract, default)?;
         if (preprocess.width, preprocess.height) != (size, size) {
@@ -255,6 +286,10 @@ fn kind(config: &Value) -> Option<ModelKind> {
         Some("clip" | "clip_vision_model") => Some(ModelKind::Clip),
         Some("llava") => Some(ModelKind::Llava),
         Some("llava_next") => Some(ModelKind::LlavaNext),
+        Some("qwen2_vl") => Some(ModelKind::Qwen2Vl),
+        Some("qwen2_5_vl") => Some(ModelKind::Qwen2_5Vl),
+        Some("qwen3_vl") => Some(ModelKind::Qwen3Vl),
+        Some("qwen3_vl_moe") => Some(ModelKind::Qwen3VlMoe),
         _ => None,
     }
 }

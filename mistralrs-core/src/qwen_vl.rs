@@ -200,7 +200,11 @@ impl QwenInputs {
         let std = config.image_std.unwrap_or(CLIP_STD).map(|value| value as f32);
         let value = |channel: usize, level: u8| {
             let value = f32::from(level) / scale;
-            if normalize { (value - mean[channel]) / std[channel] } else { value }
+            if normalize {
+                (value - mean[channel]) / std[channel]
+            } else {
+                value
+            }
         };
 
         let (grid_h, grid_w) = (new_height / sizes.patch, new_width / sizes.patch);
@@ -420,9 +424,8 @@ impl InputsProcessor for QwenInputs {
             anyhow::bail!("a Qwen-VL model needs its tokenizer");
         };
         let config = other_config.ok_or_else(|| anyhow::anyhow!("no preprocessor_config.json"))?;
-        let config: &PreProcessorConfig = config
-            .downcast_ref()
-            .ok_or_else(|| anyhow::anyhow!("no preprocessor_config.json"))?;
+        let config: &PreProcessorConfig =
+            config.downcast_ref().ok_or_else(|| anyhow::anyhow!("no preprocessor_config.json"))?;
         let sizes = self.sizes(config)?;
 
         let mut pictures = Vec::new();
@@ -439,7 +442,14 @@ impl InputsProcessor for QwenInputs {
         let paged = paged_attn_metadata.is_some();
         let InnerInputProcessorOutput {
             inputs:
-                InputMetadata { input, positions: offsets, context_lens, position_ids, paged_attn_meta, flash_meta },
+                InputMetadata {
+                    input,
+                    positions: offsets,
+                    context_lens,
+                    position_ids,
+                    paged_attn_meta,
+                    flash_meta,
+                },
             seq_indices,
         } = if is_prompt {
             get_prompt_input(

@@ -555,7 +555,7 @@ fn feature(model: &Model, spec: &radapt::tower::TowerSpec) -> radapt::Result<Fea
     Ok(match model.kind {
         ModelKind::Clip if spec.projection.is_some() => Feature::Embeds,
         ModelKind::Clip => Feature::Pooled,
-        ModelKind::Llava | ModelKind::LlavaNext => Feature::Patches(model.features()?.0),
+        _ => Feature::Patches(model.features()?.0),
     })
 }
 

@@ -6,6 +6,7 @@
 
 mod config;
 mod generate;
+mod qwen;
 mod tower;
 mod weights;
 
@@ -70,7 +71,7 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Loads a LLaVA with its defence.
+    /// Loads a LLaVA or Qwen-VL with its defence.
     ///
     /// # Errors
     /// If a file is missing or wrong, the model is of another kind, or the anchor does not fit.
@@ -106,7 +107,7 @@ impl Engine {
     pub fn max_pictures(&self) -> Option<usize> {
         match self.model.kind {
             ModelKind::LlavaNext => Some(1),
-            ModelKind::Llava | ModelKind::Clip => None,
+            _ => None,
         }
     }
 }
@@ -123,10 +124,14 @@ fn load(model: Model, options: EngineOptions) -> Result<Loaded> {
     let kind = match model.kind {
         ModelKind::Llava => MultimodalLoaderType::LLaVA,
         ModelKind::LlavaNext => MultimodalLoaderType::LLaVANext,
+        ModelKind::Qwen2Vl => MultimodalLoaderType::Qwen2VL,
+        ModelKind::Qwen2_5Vl => MultimodalLoaderType::Qwen2_5VL,
+        ModelKind::Qwen3Vl => MultimodalLoaderType::Qwen3VL,
+        ModelKind::Qwen3VlMoe => MultimodalLoaderType::Qwen3VLMoE,
         ModelKind::Clip => {
             return Err(Error::Model {
                 model: model.name,
-                reason: "is a CLIP without a language model; chat needs a LLaVA".into(),
+                reason: "is a CLIP without a language model; chat needs a LLaVA or Qwen-VL".into(),
             });
         }
     };

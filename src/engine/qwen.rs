@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::config::{MAX_SIZE, without_nulls};
 use crate::model::{Model, ModelKind};
+use crate::tower::qwen::QwenConfig;
 use crate::tower::weights::Checkpoint;
 use crate::{Error, Result};
 
@@ -39,7 +40,8 @@ pub fn translate(model: &Model) -> Result<Value> {
     let tied = at_top || (!third && in_text("tie_word_embeddings"));
 
     let mut text = translate_text(kind, text, &path, if nested.is_some() { "text_config." } else { "" })?;
-    let vocabulary = text.get("vocab_size").and_then(Value::as_u64).unwrap_or_default();
+    let number = |key: &str| text.get(key).and_then(Value::as_u64).unwrap_or_default();
+    let (vocabulary, width) = (number("vocab_size"), number("hidden_size"));
     let mut out = if third {
         if let Some(quantization) = config.get("quantization_config") {
             text.insert("quantization_config".into(), quantization.clone());
@@ -72,47 +74,47 @@ pub fn translate(model: &Model) -> Result<Value> {
     }
     out.insert("model_type".into(), model.config.get("model_type").cloned().unwrap_or_default());
     out.insert("tie_word_embeddings".into(), json!(tied));
-    out.insert("vision_config".into(), Value::Object(translate_vision(model, &path)?));
+    out.insert("vision_config".into(), translate_vision(model, &path, width)?);
     Ok(Value::Object(out))
 }
 
-/// transformers' defaults of the vision configurations.
-fn translate_vision(model: &Model, path: &Path) -> Result<Map<String, Value>> {
-    let mut vision = without_nulls(model.config.get("vision_config").and_then(Value::as_object));
-    let defaults = match model.kind {
-        ModelKind::Qwen2Vl => json!({
-            "depth": 32, "embed_dim": 1280, "hidden_size": 3584, "hidden_act": "quick_gelu",
-            "mlp_ratio": 4, "num_heads": 16, "patch_size": 14,
-        }),
-        ModelKind::Qwen2_5Vl => json!({
-            "depth": 32, "hidden_size": 3584, "hidden_act": "silu", "intermediate_size": 3420,
-            "num_heads": 16, "patch_size": 14, "window_size": 112, "out_hidden_size": 3584,
-            "fullatt_block_indexes": [7, 15, 23, 31],
-        }),
-        _ => json!({
-            "depth": 27, "hidden_size": 1152, "hidden_act": "gelu_pytorch_tanh",
-            "intermediate_size": 4304, "num_heads": 16, "patch_size": 16, "out_hidden_size": 3584,
-            "num_position_embeddings": 2304, "deepstack_visual_indexes": [8, 16, 24],
-        }),
-    };
-    let shared = json!({ "in_channels": 3, "spatial_merge_size": 2, "temporal_patch_size": 2 });
-    for (key, value) in [&defaults, &shared].into_iter().filter_map(Value::as_object).flatten() {
-        vision.entry(key.clone()).or_insert(value.clone());
+/// `vision_config` with every number spelt out. The tower is ours; mistral.rs still reads it.
+fn translate_vision(model: &Model, path: &Path, width: u64) -> Result<Value> {
+    let tower = QwenConfig::parse(&model.config.to_string(), path)?;
+    if tower.out as u64 != width {
+        let found = tower.out;
+        return Err(Error::config(
+            path,
+            format!("vision_config: expected a tower of the text's hidden_size {width}, found {found}"),
+        ));
     }
-    for (key, value) in &vision {
-        // Every number of a vision configuration is a size, but for the width of random weights.
-        let size = value.as_u64().is_some_and(|n| (1..=MAX_SIZE).contains(&n));
-        if value.is_number() && !size && defaults.get(key).or(shared.get(key)).is_some() && key != "mlp_ratio" {
-            return Err(Error::config(
-                path,
-                format!("vision_config.{key}: expected 1 to {MAX_SIZE}, found {value}"),
-            ));
+    let mut vision = json!({
+        "depth": tower.blocks,
+        "hidden_act": tower.activation,
+        "hidden_size": tower.hidden,
+        "in_channels": 3,
+        "in_chans": 3,
+        "intermediate_size": tower.intermediate,
+        "num_heads": tower.heads,
+        "out_hidden_size": tower.out,
+        "patch_size": tower.patch,
+        "spatial_merge_size": tower.merge,
+        "temporal_patch_size": tower.frames,
+    });
+    match model.kind {
+        ModelKind::Qwen2Vl => {
+            vision["embed_dim"] = json!(tower.hidden);
+            vision["hidden_size"] = json!(tower.out);
+            let ratio = model.config["vision_config"].get("mlp_ratio").filter(|ratio| !ratio.is_null());
+            vision["mlp_ratio"] = ratio.cloned().unwrap_or(json!(4));
         }
-    }
-    for key in ["patch_size", "spatial_merge_size", "temporal_patch_size"] {
-        if !vision[key].is_u64() {
-            let found = &vision[key];
-            return Err(Error::config(path, format!("vision_config.{key}: expected one number, found {found}")));
+        ModelKind::Qwen2_5Vl => {
+            vision["window_size"] = json!(tower.window);
+            vision["fullatt_block_indexes"] = json!(tower.full_attention);
+        }
+        _ => {
+            vision["num_position_embeddings"] = json!(tower.positions);
+            vision["deepstack_visual_indexes"] = json!(tower.deepstack);
         }
     }
     Ok(vision)
@@ -173,8 +175,7 @@ fn translate_text(
             .ok_or_else(|| fail(format!("{key}: expected 1 to {MAX_SIZE}, found {value}")))
     };
     let sizes = ["intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings"];
-    let of_experts =
-        ["moe_intermediate_size", "num_experts", "num_experts_per_tok", "decoder_sparse_step"];
+    let of_experts = ["moe_intermediate_size", "num_experts", "num_experts_per_tok", "decoder_sparse_step"];
     let of_experts = of_experts.into_iter().filter(|_| kind == ModelKind::Qwen3VlMoe);
     for key in sizes.into_iter().chain(of_experts) {
         size(key)?;
@@ -297,21 +298,24 @@ pub fn upstream_name(kind: ModelKind, stored: &str) -> String {
 /// [`Error::MissingWeight`] for the first that is not there, [`Error::WeightShape`] for experts in
 /// another order than the Hub's.
 pub fn check(checkpoint: &Checkpoint, kind: ModelKind, config: &Value) -> Result<()> {
-    let names: HashSet<String> =
-        checkpoint.names().iter().map(|name| upstream_name(kind, name)).collect();
+    let names: HashSet<String> = checkpoint.names().iter().map(|name| upstream_name(kind, name)).collect();
     let third = is_third(kind);
-    let (root, text) = if third {
-        ("model.language_model.", &config["text_config"])
-    } else {
-        ("model.", config)
-    };
+    let (root, text) =
+        if third { ("model.language_model.", &config["text_config"]) } else { ("model.", config) };
     let number = |key: &str| text[key].as_u64().unwrap_or_default();
     let mut needed = vec![format!("{root}embed_tokens.weight"), format!("{root}norm.weight")];
     if config["tie_word_embeddings"] != json!(true) {
         needed.push("lm_head.weight".into());
     }
     let attention: &[&str] = if third {
-        &["q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "q_norm.weight", "k_norm.weight"]
+        &[
+            "q_proj.weight",
+            "k_proj.weight",
+            "v_proj.weight",
+            "o_proj.weight",
+            "q_norm.weight",
+            "k_norm.weight",
+        ]
     } else {
         &[
             "q_proj.weight",
