@@ -12,7 +12,7 @@ use crate::image::{Contract, Preprocess};
 use crate::pocket::built_in;
 use crate::text::{ClipText, TextConfig};
 use crate::tower::clip::{Clip, ClipConfig, checkpoint_fingerprint, feature_block};
-use crate::tower::qwen::QwenConfig;
+use crate::tower::qwen::{self, Qwen, QwenConfig};
 use crate::tower::weights::Checkpoint;
 use crate::{Error, Result};
 
@@ -29,16 +29,19 @@ pub enum ModelKind {
     Qwen2Vl,
     /// Qwen2.5-VL.
     Qwen2_5Vl,
-    /// Qwen3-VL, with DeepStack.
+    /// Qwen3-VL.
     Qwen3Vl,
-    /// Qwen3-VL with a mixture of experts for its language model.
+    /// Qwen3-VL with a mixture of experts as its language model.
     Qwen3VlMoe,
 }
 
 impl ModelKind {
-    /// Whether it is one of the Qwen-VL models.
-    pub const fn is_qwen(self) -> bool {
-        matches!(self, Self::Qwen2Vl | Self::Qwen2_5Vl | Self::Qwen3Vl | Self::Qwen3VlMoe)
+    /// Whether it has a Qwen-VL's tower, and not CLIP's.
+    pub fn is_qwen(self) -> bool {
+        match self {
+            Self::Clip | Self::Llava | Self::LlavaNext => false,
+            Self::Qwen2Vl | Self::Qwen2_5Vl | Self::Qwen3Vl | Self::Qwen3VlMoe => true,
+        }
     }
 }
 
@@ -114,7 +117,8 @@ impl Model {
                 return Err(Error::config(
                     path,
                     format!(
-                        "model_type: expected clip, clip_vision_model, llava, llava_next, qwen2_vl, qwen2_5_vl, qwen3_vl or qwen3_vl_moe, found {found}"
+                        "model_type: expected clip, clip_vision_model, llava, llava_next, qwen2_vl, \
+                         qwen2_5_vl, qwen3_vl or qwen3_vl_moe, found {found}"
                     ),
                 ));
             }
@@ -141,31 +145,38 @@ impl Model {
         self.folder.join(name)
     }
 
-    /// The configuration of its vision tower.
+    /// The configuration of its vision tower, a CLIP's.
     ///
     /// # Errors
     /// If it has no CLIP vision tower, or impossible sizes.
     pub fn tower_config(&self) -> Result<ClipConfig> {
+        if self.kind.is_qwen() {
+            return Err(Error::Model {
+                model: self.name.clone(),
+                reason: "has no CLIP as its vision tower, which this needs".into(),
+            });
+        }
         ClipConfig::parse(&self.config.to_string(), &self.config_file)
     }
 
-    /// The configuration of its vision tower, where it is a Qwen-VL's.
+    /// The configuration of its vision tower, a Qwen-VL's.
     ///
     /// # Errors
-    /// If it is of another kind, or has impossible sizes.
+    /// If it has no such tower, or impossible sizes.
     pub fn qwen_config(&self) -> Result<QwenConfig> {
         QwenConfig::parse(&self.config.to_string(), &self.config_file)
     }
 
     /// How it prepares pictures: its files, or `contract` where given. LLaVA pads unless told
-    /// otherwise, as the original does.
+    /// otherwise, as the original does. A Qwen-VL's has no size of its own, unless
+    /// [`Preprocess::fixed`] gives it one.
     ///
     /// # Errors
     /// If its preprocessor file asks for something unknown, or for another size than the tower's.
     pub fn preprocess(&self, contract: Option<Contract>) -> Result<Preprocess> {
         if self.kind.is_qwen() {
-            if let Some(other) = contract.filter(|&contract| contract != Contract::Qwen) {
-                return Err(Error::argument("contract", "qwen for this model", other.name()));
+            if let Some(other) = contract.filter(|contract| *contract != Contract::Qwen) {
+                return Err(Error::argument("contract", "qwen for this model", other));
             }
             let config = self.qwen_config()?;
             return Preprocess::qwen_from_folder(&self.folder, config.patch as u32, config.merge as u32);
@@ -208,6 +219,19 @@ impl Model {
         }
     }
 
+    /// Loads its vision tower, a Qwen-VL's, undefended, as [`Model::tower`] does a CLIP's.
+    ///
+    /// # Errors
+    /// If the configuration or a weight is missing or wrong.
+    pub fn qwen(&self, preprocess: &Preprocess, dtype: Option<DType>, device: &Device) -> Result<Qwen> {
+        let checkpoint = self.checkpoint()?;
+        let tower = Qwen::load(&checkpoint, &self.qwen_config()?, preprocess.mean, preprocess.std, device)?;
+        match dtype.or(device.is_cpu().then_some(DType::F32)) {
+            Some(dtype) => tower.to_dtype(dtype),
+            None => Ok(tower),
+        }
+    }
+
     /// Loads a CLIP's tokenizer and text encoder, held in f32.
     ///
     /// # Errors
@@ -241,6 +265,9 @@ impl Model {
     /// # Errors
     /// If a weight is missing or wrong.
     pub fn fingerprint(&self) -> Result<String> {
+        if self.kind.is_qwen() {
+            return qwen::checkpoint_fingerprint(&self.checkpoint()?, &self.qwen_config()?);
+        }
         checkpoint_fingerprint(&self.checkpoint()?, &self.tower_config()?)
     }
 

@@ -56,7 +56,12 @@ impl Tiny {
         Goal::CrossEntropy { head: &self.head }
     }
 
-    fn training<'a>(&'a self, plan: Plan, goal: Goal<'a>, held_out: Option<&'a LabelledSet>) -> Training<'a> {
+    fn training<'a>(
+        &'a self,
+        plan: Plan,
+        goal: Goal<'a>,
+        held_out: Option<&'a LabelledSet>,
+    ) -> Training<'a, Clip> {
         Training {
             plan,
             tower: &self.tower,
@@ -72,15 +77,16 @@ impl Tiny {
             },
             save_every: 5,
             pictures: None,
+            others: Vec::new(),
         }
     }
 }
 
-fn run(training: &Training, folder: &Path) -> radapt::Result<Trained> {
+fn run(training: &Training<Clip>, folder: &Path) -> radapt::Result<Trained> {
     training.run(folder, training.decides(json!({}))?, true, &mut |_| {})
 }
 
-fn trained(training: &Training) -> Trained {
+fn trained(training: &Training<Clip>) -> Trained {
     run(training, tempfile::tempdir().unwrap().path()).unwrap()
 }
 

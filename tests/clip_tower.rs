@@ -603,7 +603,10 @@ fn activations_and_their_slopes_hold_far_from_zero() {
         near("'s slope", activation.vjp(&x, &ones).unwrap(), slope, 2.0);
     }
     let message = Activation::from_config("relu").unwrap_err().to_string();
-    assert_eq!(message, "hidden_act: expected quick_gelu, gelu, gelu_pytorch_tanh, gelu_new or silu, found relu");
+    assert_eq!(
+        message,
+        "hidden_act: expected quick_gelu, gelu, gelu_pytorch_tanh, gelu_new or silu, found relu"
+    );
 }
 
 // --- Errors ------------------------------------------------------------------------------------

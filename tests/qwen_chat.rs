@@ -346,3 +346,54 @@ fn missing_weights_are_named() {
         }
     });
 }
+
+/// Largest difference of the first logits of two answers, over the largest.
+async fn apart(one: &Engine, other: &Engine, turns: &[Turn]) -> f32 {
+    let first = one.answer(turns, &sampling(1)).await.expect("an answer");
+    let second = other.answer(turns, &sampling(1)).await.expect("an answer");
+    assert_eq!(first.prompt_ids, second.prompt_ids);
+    difference(&first.logits[0], &second.logits[0])
+}
+
+/// A defence acts on the pictures, and one without effect does nothing; both answer under load as
+/// they do alone.
+#[test]
+fn defended_models_answer() {
+    runtime().block_on(async {
+        for name in FAMILIES {
+            let defended = |defense: DefenseOptions| async move {
+                let model = Model::find(&family(name).display().to_string(), &Lookup::default());
+                let options = EngineOptions { defense, ..EngineOptions::new(Device::Cpu) };
+                Engine::load(model.expect("a model"), options).await.expect("a loaded model")
+            };
+            let plain = load(&family(name)).await;
+            assert!(plain.defense().is_none());
+            let neutral =
+                DefenseOptions { alpha: Some(0.0), beta: Some(1.0), no_gif: true, ..Default::default() };
+            let neutral = defended(neutral).await;
+            let full = defended(DefenseOptions::default()).await;
+            assert!(
+                full.defense().is_some_and(|defense| defense.cutoff.is_some() && defense.alpha.is_some())
+            );
+
+            let cases = cases(name);
+            let pictures = turns(&cases[6]);
+            assert!(apart(&plain, &neutral, &pictures).await <= 1e-5, "{name}: no effect");
+            assert!(apart(&plain, &full, &pictures).await > 1e-3, "{name}: an effect");
+            let text = turns(&cases[10]);
+            assert_eq!(apart(&plain, &full, &text).await, 0.0, "{name}: no picture");
+
+            let plain = Sampling { trace: false, ..sampling(8) };
+            let conversations: Vec<Vec<Turn>> = cases.iter().map(turns).collect();
+            let mut alone = Vec::new();
+            for turns in &conversations {
+                alone.push(full.answer(turns, &plain).await.expect("an answer").tokens);
+            }
+            let again = defended(DefenseOptions::default()).await;
+            let answers = conversations.iter().map(|turns| again.answer(turns, &plain));
+            for (alone, answer) in alone.iter().zip(futures::future::join_all(answers).await) {
+                assert_eq!(*alone, answer.expect("an answer").tokens, "{name}");
+            }
+        }
+    });
+}

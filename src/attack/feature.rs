@@ -20,6 +20,9 @@ pub enum Feature {
     /// The patch tokens (no class token) of the hidden state after this block. LLaVA reads those
     /// of block L - 1.
     Patches(usize),
+    /// What a Qwen-VL's language model reads: the merged embeddings and behind them, as further
+    /// tokens, DeepStack's features.
+    Merged,
 }
 
 impl Feature {
@@ -27,6 +30,7 @@ impl Feature {
         match self {
             Self::Embeds | Self::Pooled => Want::pooled(),
             Self::Patches(block) => Want::hidden(block),
+            Self::Merged => Want::merged(),
         }
     }
 
@@ -48,6 +52,10 @@ impl Feature {
                 let hidden = features.hidden.into_iter().next();
                 hidden.map(|x| x.narrow(1, skip, x.dim(1)? - skip)).transpose()?
             }
+            Self::Merged => {
+                let parts: Vec<Tensor> = features.merged.into_iter().chain(features.deepstack).collect();
+                if parts.is_empty() { None } else { Some(Tensor::cat(&parts, 1)?) }
+            }
         };
         whole.ok_or_else(|| Error::argument("feature", "one that the tower has", format!("{self:?}")))
     }
@@ -61,6 +69,13 @@ impl Feature {
                 let skip = usize::from(tower.spec().class_token);
                 let gradient = gradient.pad_with_zeros(1, skip, 0)?;
                 Cotangent { hidden: vec![(block, gradient)], ..Default::default() }
+            }
+            Self::Merged => {
+                let entries = tower.spec().merge.as_ref().map_or(0, |merge| merge.deepstack.len());
+                let tokens = gradient.dim(1)? / (1 + entries);
+                let part = |i: usize| gradient.narrow(1, i * tokens, tokens);
+                let deepstack = (0..entries).map(|i| Ok((i, part(i + 1)?))).collect::<Result<Vec<_>>>()?;
+                Cotangent { merged: Some(part(0)?), deepstack, ..Default::default() }
             }
         })
     }
@@ -117,6 +132,10 @@ impl<T: VisionTower> FeatureObjective<T> {
             Feature::Pooled => Some((1, spec.hidden)),
             Feature::Patches(block) if block <= spec.blocks => Some((spec.grid.0 * spec.grid.1, spec.hidden)),
             Feature::Patches(_) => None,
+            Feature::Merged => {
+                let width = spec.merge.as_ref().map(|merge| merge.width);
+                spec.merged_tokens().zip(width)
+            }
         };
         let (tokens, width) = expected
             .ok_or_else(|| Error::argument("feature", "one that the tower has", format!("{feature:?}")))?;

@@ -8,10 +8,10 @@ use radapt::defense::acquire::training_free;
 use radapt::defense::{self, AnchorMeta, Method};
 use radapt::image::Contract;
 use radapt::model::Model;
-use radapt::tower::{TowerSpec, VisionTower};
+use radapt::tower::{Insertable, TowerSpec};
 use serde_json::{Map, Value, json};
 
-use super::options::ModelOptions;
+use super::options::{ModelOptions, Size, sizes};
 use super::{Global, print};
 
 #[derive(Args)]
@@ -51,6 +51,9 @@ struct Extract {
     out: PathBuf,
     #[command(flatten)]
     settings: super::anchor_guide::Settings,
+    /// The size of the white picture, on a Qwen-VL alone: 448 (the default) or 448x336, height and width
+    #[arg(long, value_name = "SIZE")]
+    size: Option<Size>,
 }
 
 #[derive(Args)]
@@ -87,10 +90,16 @@ impl Extract {
         self.settings.check()?;
         let model = self.model.find()?;
         let preprocess = model.preprocess(self.model.contract)?;
+        let sizes = sizes(&model, self.size.as_slice())?;
         let spinner = global.spinner("reading the tower");
-        let tower = model.tower(&preprocess, self.model.dtype(), &self.model.device()?)?;
-        let spec = tower.spec().clone();
-        let values = training_free(&tower)?;
+        let (dtype, device) = (self.model.dtype(), self.model.device()?);
+        let (spec, values) = match sizes.first() {
+            None => of_white(&model.tower(&preprocess, dtype, &device)?)?,
+            Some(size) => {
+                let tower = model.qwen(&preprocess, dtype, &device)?;
+                of_white(&tower.at(size.height as usize, size.width as usize)?)?
+            }
+        };
         let (alpha, beta, cutoff) = self.settings.settle("clip", spec.image_size, &values)?;
         spinner.finish_and_clear();
         let anchor = defense::Anchor {
@@ -101,11 +110,22 @@ impl Extract {
     }
 }
 
+/// A tower's shapes and its training-free anchor.
+fn of_white(tower: &impl Insertable) -> radapt::Result<(TowerSpec, candle_core::Tensor)> {
+    Ok((tower.spec().clone(), training_free(tower)?))
+}
+
 impl Check {
     fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
         let anchor = defense::Anchor::find(&self.file)?;
         let model = self.model.find()?;
-        let checked = anchor.check(&model.tower_config()?.spec(), &model.fingerprint()?, self.allow_mismatch);
+        // A Qwen-VL's tower takes an anchor of any grid, interpolated to each picture's.
+        let spec = if model.kind.is_qwen() {
+            model.qwen_config()?.spec(anchor.meta.grid)
+        } else {
+            model.tower_config()?.spec()
+        };
+        let checked = anchor.check(&spec, &model.fingerprint()?, self.allow_mismatch);
         let mut json = fields(&anchor)?;
         let reason = match &checked {
             Ok(()) => None,

@@ -3,27 +3,29 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device};
 use clap::{Args, ValueEnum};
 use radapt::attack::{Eps, Feature, Named, Settings, Subject, ThreatKind};
 use radapt::data::{LabelledSet, registry};
 use radapt::defense::acquire::training_free;
-use radapt::defense::{self, AnchorMeta, Defense, Fra, Gif, default_cutoff};
+use radapt::defense::{self, AnchorMeta, Defense, default_cutoff};
 use radapt::eval::classify::{AttackPlan, Classify, Model as UnderTest};
 use radapt::eval::run::{Manifest, Run};
 use radapt::eval::{Precision, Row};
 use radapt::image::Preprocess;
 use radapt::model::{Model, ModelKind};
 use radapt::text::ZeroShotHead;
-use radapt::tower::VisionTower;
+use radapt::tower::Insertable;
+use radapt::tower::qwen::QwenAt;
 use radapt::train::{
-    Epoch, Examples, Goal, Keep, Optimizer, Plan, Schedule, TRAINED_MIX, Trained, Training, TrainingSet,
+    Epoch, Examples, Goal, Keep, Optimizer, Plan, Resolution, Schedule, TRAINED_MIX, Trained, Training,
+    TrainingSet,
 };
 use serde_json::{Value, json};
 
 use super::anchor::fields;
 use super::classify::{Towers, with_text};
-use super::options::{DataFlags, ModelOptions, PictureLimits, argument};
+use super::options::{DataFlags, ModelOptions, PictureLimits, Size, argument, sizes};
 use super::row_table::row_table;
 use super::{Global, print};
 
@@ -57,6 +59,13 @@ pub struct Train {
     /// Steps between two states on disk; the anchor does not depend on it
     #[arg(long, value_name = "STEPS", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..))]
     save_every: u64,
+    /// The picture's size on a Qwen-VL, alone: 448 (the default) or 448x336, height and width. Of several
+    /// the anchor is of the first one's grid, and steps take turns with the others
+    #[arg(long, value_name = "SIZE,...", value_delimiter = ',')]
+    pub size: Vec<Size>,
+    /// Further sizes to validate at on a Qwen-VL
+    #[arg(long, value_name = "SIZE,...", value_delimiter = ',')]
+    validation_size: Vec<Size>,
     #[command(flatten)]
     limits: PictureLimits,
 }
@@ -252,12 +261,29 @@ impl Recipe {
     }
 }
 
-/// What a training stands on.
-struct Ground {
-    model: Model,
+/// A tower at one size, as a training takes it.
+struct Place<T> {
+    exact: T,
+    craft: Option<T>,
     preprocess: Preprocess,
-    towers: Towers,
-    head: Option<ZeroShotHead>,
+}
+
+impl<T> Place<T> {
+    fn resolution(&self) -> Resolution<'_, T> {
+        Resolution { tower: &self.exact, craft: self.craft.as_ref(), preprocess: &self.preprocess }
+    }
+}
+
+/// What a training stands on.
+struct Ground<T> {
+    model: Model,
+    /// The sizes that are trained on, the anchor's first, and behind them those that are only validated
+    /// on.
+    places: Vec<Place<T>>,
+    /// How many of them are trained on.
+    trained: usize,
+    /// A CLIP with its head.
+    clip: Option<(Towers, ZeroShotHead)>,
     templates: Vec<String>,
     train: LabelledSet,
     held_out: Option<LabelledSet>,
@@ -277,17 +303,59 @@ impl Train {
     /// Trains and writes the anchor. What there is to say of it, and whether a picture could not be
     /// read.
     pub fn train(&self, global: &Global) -> anyhow::Result<(Value, bool)> {
+        let options = match self.recipe.objective {
+            Objective::Ce => ModelOptions { model: with_text(&self.model.model), ..self.model.clone() },
+            Objective::Embedding => self.model.clone(),
+        };
+        let model = options.find()?;
+        let sizes = sizes(&model, &self.size)?;
+        if let (false, Some(_)) = (model.kind.is_qwen(), self.validation_size.first()) {
+            return Err(argument("--validation-size", "a Qwen-VL to go with it", &model.name).into());
+        }
         let spinner = global.spinner("loading the model");
-        let ground = self.ground(global.seed)?;
+        if model.kind.is_qwen() {
+            let preprocess = model.preprocess(options.contract)?;
+            let tower = model.qwen(&preprocess, Some(DType::F32), &options.device()?)?;
+            let craft = match options.dtype() {
+                Some(dtype) if dtype != DType::F32 => Some(tower.to_dtype(dtype)?),
+                _ => None,
+            };
+            let place = |size: &Size| -> radapt::Result<Place<QwenAt>> {
+                let (height, width) = (size.height as usize, size.width as usize);
+                Ok(Place {
+                    exact: tower.at(height, width)?,
+                    craft: craft.as_ref().map(|craft| craft.at(height, width)).transpose()?,
+                    preprocess: preprocess.fixed(size.height, size.width),
+                })
+            };
+            let places =
+                sizes.iter().chain(&self.validation_size).map(place).collect::<radapt::Result<_>>()?;
+            let side = sizes.first().map_or(0, |size| size.height.max(size.width));
+            let ground = self.ground(model, places, sizes.len(), None, &options, side, global.seed)?;
+            spinner.finish_and_clear();
+            return self.train_on(global, ground);
+        }
+        let preprocess = model.preprocess(options.contract)?;
+        let side = model.tower_config()?.image_size as u32;
+        let towers = Towers::load(&model, &preprocess, options.dtype(), &options.device()?)?;
+        let places = vec![Place { exact: towers.exact.clone(), craft: towers.craft.clone(), preprocess }];
+        let ground = self.ground(model, places, 1, Some(towers), &options, side, global.seed)?;
         spinner.finish_and_clear();
-        let spec = ground.towers.exact.spec().clone();
+        self.train_on(global, ground)
+    }
+
+    fn train_on<T: Insertable>(&self, global: &Global, ground: Ground<T>) -> anyhow::Result<(Value, bool)> {
+        let Some(own) = ground.places.first() else {
+            return Err(argument("--size", "at least one", "none").into());
+        };
+        let spec = own.exact.spec().clone();
         let plan = self.recipe.plan(spec.image_size, global.seed)?;
         let attack = self.validation_attack.as_deref();
-        let attack = attack.unwrap_or(if ground.head.is_some() { "apgd-ce" } else { "pgd" });
+        let attack = attack.unwrap_or(if ground.clip.is_some() { "apgd-ce" } else { "pgd" });
         let validation =
             AttackPlan { name: attack.to_string(), eps: plan.eps, settings: Settings::default() };
         let named = Named::new(&validation.name, validation.eps, &validation.settings)?;
-        match &ground.head {
+        match ground.head() {
             None if attack != "pgd" => {
                 return Err(argument("--validation-attack", "pgd for features", attack).into());
             }
@@ -312,22 +380,22 @@ impl Train {
             ));
         }
         let (initial, initial_name) = match &self.initial {
-            None => (training_free(&ground.towers.exact)?, None),
+            None => (training_free(&own.exact)?, None),
             Some(path) => {
                 let anchor = defense::Anchor::find(path)?;
-                anchor.check(&spec, &ground.model.fingerprint()?, false)?;
+                let values = anchor.fitted(&spec, &ground.model.fingerprint()?, false)?;
                 let sha = anchor.sha256()?;
-                (anchor.values, Some(format!("{} {sha}", path.display())))
+                (values, Some(format!("{} {sha}", path.display())))
             }
         };
-        let goal = match &ground.head {
+        let goal = match ground.head() {
             Some(head) => Goal::CrossEntropy { head },
-            None => Goal::Embedding { feature: feature(&ground.model, ground.towers.exact.spec())? },
+            None => Goal::Embedding { feature: feature(&ground.model, &spec)? },
         };
         let training = Training {
             plan,
-            tower: &ground.towers.exact,
-            craft: ground.towers.craft.as_ref(),
+            tower: &own.exact,
+            craft: own.craft.as_ref(),
             model: ground.model.name.clone(),
             goal,
             initial,
@@ -335,10 +403,11 @@ impl Train {
                 set: &ground.train,
                 held_out: ground.held_out.as_ref(),
                 limits: self.limits.limits(),
-                preprocess: &ground.preprocess,
+                preprocess: &own.preprocess,
             },
             save_every: self.save_every as usize,
             pictures: self.share.clone(),
+            others: ground.places.iter().take(ground.trained).skip(1).map(Place::resolution).collect(),
         };
         let work = self.work.clone().unwrap_or_else(|| {
             let mut name = self.out.clone().into_os_string();
@@ -378,7 +447,11 @@ impl Train {
         }
         let rows = match &ground.validate {
             None => Vec::new(),
-            Some(set) if ground.head.is_none() => distances(&ground, &training, &trained, set, &mut told)?,
+            Some(set) if ground.clip.is_none() => {
+                let rows = distances(&ground, &training, &trained, set, &mut told)?;
+                rows.iter().for_each(|row| say_distance(global, row));
+                rows
+            }
             Some(set) => {
                 let found =
                     self.validate(global, &ground, set, &training, &trained, &validation, &decides, &work)?;
@@ -391,7 +464,7 @@ impl Train {
         let mut more = trained.metadata(&training.plan, &training.goal);
         let data = json!({ "name": ground.train.name(), "digest": ground.train.digest() });
         more.insert("data".into(), data.to_string());
-        if ground.head.is_some() {
+        if ground.clip.is_some() {
             more.insert("templates".into(), Value::from(ground.templates.clone()).to_string());
         }
         if let Some(name) = initial_name {
@@ -399,6 +472,11 @@ impl Train {
         }
         if !rows.is_empty() {
             more.insert("validation".into(), Value::from(rows.clone()).to_string());
+        }
+        if ground.trained > 1 {
+            let size = |place: &Place<T>| format!("{}x{}", place.preprocess.height, place.preprocess.width);
+            let sizes: Vec<String> = ground.places.iter().take(ground.trained).map(size).collect();
+            more.insert("sizes".into(), sizes.join(","));
         }
         let plan = &training.plan;
         let anchor = defense::Anchor {
@@ -408,7 +486,7 @@ impl Train {
                 ..super::anchor::meta(
                     &ground.model,
                     &spec,
-                    ground.preprocess.contract,
+                    own.preprocess.contract,
                     Trained::METHOD,
                     (plan.alpha, plan.beta, plan.cutoff),
                 )?
@@ -433,19 +511,24 @@ impl Train {
         Ok((Value::Object(json), !trained.defects.is_empty()))
     }
 
-    fn ground(&self, seed: u64) -> anyhow::Result<Ground> {
-        let device = self.model.device()?;
-        let options = match self.recipe.objective {
-            Objective::Ce => ModelOptions { model: with_text(&self.model.model), ..self.model.clone() },
-            Objective::Embedding => self.model.clone(),
-        };
-        let model = options.find()?;
+    /// The data for a model whose tower is loaded, and a CLIP's head. `side` is what drawn pictures
+    /// are drawn at.
+    #[expect(clippy::too_many_arguments, reason = "each is another thing")]
+    fn ground<T>(
+        &self,
+        model: Model,
+        places: Vec<Place<T>>,
+        trained: usize,
+        towers: Option<Towers>,
+        options: &ModelOptions,
+        side: u32,
+        seed: u64,
+    ) -> anyhow::Result<Ground<T>> {
+        let device = options.device()?;
         if self.recipe.objective == Objective::Ce && model.kind != ModelKind::Clip {
             let found = format!("ce on `{}`", model.name);
             return Err(argument("--objective", "embedding for a model without a text side", &found).into());
         }
-        let preprocess = model.preprocess(options.contract)?;
-        let side = model.tower_config()?.image_size as u32;
         let (train, held_out, validate) = self.pictures.open(seed, side, options.offline)?;
         // A name or a Hub id stands for the split that is scored.
         let data = Path::new(&self.pictures.data);
@@ -453,50 +536,37 @@ impl Train {
             || !data.exists() && !self.pictures.data.starts_with("pocket:")
             // Of the published folders and files of CIFAR and STL10 it is their test split.
             || train.items().first().is_some_and(|item| item.id.starts_with("test"));
-        let (head, templates) = match self.recipe.objective {
-            Objective::Embedding => (None, Vec::new()),
-            Objective::Ce => {
+        let (clip, templates) = match (self.recipe.objective, towers) {
+            (Objective::Ce, Some(towers)) => {
                 let templates = self.pictures.templates(&train)?;
                 let text = model.text(&device)?;
                 let (classes, names) = (train.classes(), train.prompt_names());
                 let head = ZeroShotHead::with_prompt_names(&text, classes, names, &templates)?;
-                (Some(head), templates)
+                (Some((towers, head)), templates)
             }
+            _ => (None, Vec::new()),
         };
-        let towers = Towers::load(&model, &preprocess, options.dtype(), &device)?;
-        Ok(Ground {
-            model,
-            preprocess,
-            towers,
-            head,
-            templates,
-            train,
-            held_out,
-            validate,
-            evaluated,
-            device,
-        })
+        Ok(Ground { model, places, trained, clip, templates, train, held_out, validate, evaluated, device })
     }
 
     /// Clean, transfer and adaptive figures on pictures that had no part in the training: undefended,
     /// GIF alone, and GIF with the anchor.
     #[expect(clippy::too_many_arguments, reason = "each is another thing")]
-    fn validate(
+    fn validate<T: Insertable>(
         &self,
         global: &Global,
-        ground: &Ground,
+        ground: &Ground<T>,
         set: &LabelledSet,
-        training: &Training,
+        training: &Training<T>,
         trained: &Trained,
         attack: &AttackPlan,
         decides: &Value,
         work: &Path,
     ) -> anyhow::Result<Vec<Row>> {
-        let Some(head) = &ground.head else {
+        let (Some((towers, head)), Some(own)) = (&ground.clip, ground.places.first()) else {
             return Ok(Vec::new());
         };
-        let towers = &ground.towers;
-        let defenses = defenses(training, &trained.anchor)?;
+        let defenses = training.compared(&trained.anchor, own.resolution())?;
         let models = defenses
             .iter()
             .map(|(name, defense)| {
@@ -509,7 +579,7 @@ impl Train {
         let classify = Classify {
             set,
             limits: self.limits.limits(),
-            preprocess: ground.preprocess.clone(),
+            preprocess: own.preprocess.clone(),
             native: false,
             models: models
                 .iter()
@@ -538,57 +608,83 @@ impl Train {
     }
 }
 
-/// What is compared in a validation: nothing, GIF alone, GIF and the anchor.
-fn defenses(training: &Training, anchor: &Tensor) -> radapt::Result<Vec<(&'static str, Defense)>> {
-    let plan = &training.plan;
-    let spec = training.tower.spec();
-    let (side, device) = (spec.image_size, training.tower.device());
-    let gif = Some(std::sync::Arc::new(Gif::new(side, side, plan.cutoff, device)?));
-    let fra = std::sync::Arc::new(Fra::new(anchor, plan.alpha, plan.beta, device)?);
-    let alone = Defense { gif: gif.clone(), ..Defense::default() };
-    let both = Defense { gif, fra: Some(fra), anchor: Some("trained".into()), method: Some(Trained::METHOD) };
-    Ok(vec![("none", Defense::default()), ("gif", alone), ("gif+fra", both)])
+impl<T> Ground<T> {
+    fn head(&self) -> Option<&ZeroShotHead> {
+        self.clip.as_ref().map(|(_, head)| head)
+    }
 }
 
-/// The features a model reads: a CLIP's embedding, a LLaVA's patch tokens.
-fn feature(model: &Model, spec: &radapt::tower::TowerSpec) -> radapt::Result<Feature> {
+/// The features a model reads: a CLIP's embedding, a LLaVA's patch tokens, a Qwen-VL's merged ones.
+pub fn feature(model: &Model, spec: &radapt::tower::TowerSpec) -> radapt::Result<Feature> {
     Ok(match model.kind {
         ModelKind::Clip if spec.projection.is_some() => Feature::Embeds,
         ModelKind::Clip => Feature::Pooled,
-        _ => Feature::Patches(model.features()?.0),
+        ModelKind::Llava | ModelKind::LlavaNext => Feature::Patches(model.features()?.0),
+        ModelKind::Qwen2Vl | ModelKind::Qwen2_5Vl | ModelKind::Qwen3Vl | ModelKind::Qwen3VlMoe => {
+            Feature::Merged
+        }
     })
 }
 
-/// The validation of a training on features: mean distances from the undefended tower's clean ones.
-fn distances(
-    ground: &Ground,
-    training: &Training,
+/// The validation of a training on features: mean distances from the undefended tower's clean ones, at
+/// every size.
+fn distances<T: Insertable>(
+    ground: &Ground<T>,
+    training: &Training<T>,
     trained: &Trained,
     set: &LabelledSet,
     told: &mut dyn FnMut(&radapt::train::Progress),
 ) -> anyhow::Result<Vec<Value>> {
-    let (names, defenses): (Vec<_>, Vec<_>) = defenses(training, &trained.anchor)?.into_iter().unzip();
     let mut rows = Vec::new();
-    for (name, found) in names.into_iter().zip(training.distances(set, &defenses, told)?) {
-        let row = |threat: Option<ThreatKind>, value: f64| {
-            json!({
-                "task": "embedding",
-                "measure": "squared distance over squared length",
-                "dataset": set.name(),
-                "defense": name,
-                "attack": threat.map(|_| "pgd"),
-                "eps": threat.map(|_| training.plan.eps),
-                "threat": threat,
-                "surrogate": threat.filter(|kind| *kind == ThreatKind::Transfer).map(|_| &ground.model.name),
-                "n": found.n,
-                "value": value,
-            })
-        };
-        rows.push(row(None, found.clean));
-        rows.push(row(Some(ThreatKind::Transfer), found.transfer));
-        rows.push(row(Some(ThreatKind::Adaptive), found.adaptive));
+    for (i, place) in ground.places.iter().enumerate() {
+        let compared = training.compared(&trained.anchor, place.resolution())?;
+        let (names, defenses): (Vec<_>, Vec<_>) = compared.into_iter().unzip();
+        let sized = ground.model.kind.is_qwen();
+        let size = format!("{}x{}", place.preprocess.height, place.preprocess.width);
+        let all = training.distances(place.resolution(), set, &defenses, told)?;
+        for (name, found) in names.into_iter().zip(all) {
+            let row = |threat: Option<ThreatKind>, value: f64| {
+                let mut row = json!({
+                    "task": "embedding",
+                    "measure": "squared distance over squared length",
+                    "dataset": set.name(),
+                    "defense": name,
+                    "attack": threat.map(|_| "pgd"),
+                    "eps": threat.map(|_| training.plan.eps),
+                    "threat": threat,
+                    "surrogate":
+                        threat.filter(|kind| *kind == ThreatKind::Transfer).map(|_| &ground.model.name),
+                    "n": found.n,
+                    "value": value,
+                });
+                if let (true, Some(fields)) = (sized, row.as_object_mut()) {
+                    fields.insert("size".into(), size.clone().into());
+                    fields.insert("trained_at".into(), (i < ground.trained).into());
+                }
+                row
+            };
+            rows.push(row(None, found.clean));
+            rows.push(row(Some(ThreatKind::Transfer), found.transfer));
+            rows.push(row(Some(ThreatKind::Adaptive), found.adaptive));
+        }
     }
     Ok(rows)
+}
+
+/// A line about a row of [`distances`].
+fn say_distance(global: &Global, row: &Value) {
+    let text = |key: &str| row[key].as_str().unwrap_or_default().to_string();
+    let attacked = match row["threat"].as_str() {
+        None => "clean".to_string(),
+        Some(threat) => format!("{} {}, {threat}", text("attack"), text("eps")),
+    };
+    let size = row["size"].as_str().map(|size| format!(" at {size}")).unwrap_or_default();
+    let value = row["value"].as_f64().unwrap_or_default();
+    global.say(format_args!(
+        "{}{size}, {attacked}: {value:.4} from the undefended model's clean features (n = {})",
+        text("defense"),
+        row["n"]
+    ));
 }
 
 /// A line about an epoch, its attacked figure with its threat model.

@@ -401,6 +401,7 @@ impl Anchor {
             },
             save_every: usize::MAX,
             pictures: None,
+            others: Vec::new(),
         };
         let folder = tempfile::tempdir()?;
         let mut at = Vec::new();

@@ -25,7 +25,8 @@ pub struct ModelOptions {
     /// Never touch the network (HF_HUB_OFFLINE=1 says the same)
     #[arg(long)]
     pub offline: bool,
-    /// How pictures are prepared: clip, llava-pad, llava-crop or squash; the model's own where not given
+    /// How pictures are prepared: clip, llava-pad, llava-crop or squash; the model's own where not given,
+    /// of a Qwen-VL always qwen
     #[arg(long, value_name = "CONTRACT", value_parser = parse_contract)]
     pub contract: Option<Contract>,
     /// cpu, cuda, cuda:N or metal
@@ -73,6 +74,43 @@ impl ModelOptions {
             Dtype::Bf16 => DType::BF16,
         })
     }
+}
+
+/// A picture's size: `448`, a square, or `448x336`, height and width.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size {
+    pub height: u32,
+    pub width: u32,
+}
+
+impl std::str::FromStr for Size {
+    type Err = String;
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        const MOST: u32 = 16_384;
+        let side = |text: &str| text.parse::<u32>().ok().filter(|side| (1..=MOST).contains(side));
+        let (height, width) = text.split_once('x').unwrap_or((text, text));
+        match (side(height), side(width)) {
+            (Some(height), Some(width)) => Ok(Self { height, width }),
+            _ => Err(format!("expected pixels such as 448 or 448x336, sides up to {MOST}, found `{text}`")),
+        }
+    }
+}
+
+/// The size of pictures on a Qwen-VL where none is given: sides of whole tokens for every one of them.
+pub const QWEN_SIZE: Size = Size { height: 448, width: 448 };
+
+/// What a model with a tower for pictures of any size is to take, and that no other is given sizes.
+pub fn sizes(model: &Model, given: &[Size]) -> Result<Vec<Size>> {
+    if !model.kind.is_qwen() {
+        return match given.first() {
+            None => Ok(Vec::new()),
+            Some(size) => {
+                let found = format!("{}x{}", size.height, size.width);
+                Err(argument("--size", "none: this model's pictures have one size", &found))
+            }
+        };
+    }
+    Ok(if given.is_empty() { vec![QWEN_SIZE] } else { given.to_vec() })
 }
 
 pub fn argument(what: &str, expected: &str, found: &str) -> Error {

@@ -68,20 +68,54 @@ pub fn interpolate(
     let data = values.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.to_vec2::<f32>()?;
     let mut all = Vec::with_capacity((to.0 * to.1 + first) * width);
     all.extend(data.iter().take(first).flatten());
-    let (down, across) = (between(from.0, to.0), between(from.1, to.1));
-    for &(top, bottom, y) in &down {
-        for &(left, right, x) in &across {
-            let row = |y: usize, x: usize| &data[first + y * from.1 + x];
-            let corners = [row(top, left), row(top, right), row(bottom, left), row(bottom, right)];
-            let shares = [(1.0 - y) * (1.0 - x), (1.0 - y) * x, y * (1.0 - x), y * x];
-            all.extend((0..width).map(|i| {
-                let sum: f64 =
-                    corners.iter().zip(shares).map(|(corner, share)| f64::from(corner[i]) * share).sum();
-                sum as f32
-            }));
-        }
+    for corners in corners(from, to) {
+        all.extend((0..width).map(|i| {
+            let value = |(row, share): &(usize, f64)| f64::from(data[first + row][i]) * share;
+            corners.iter().map(value).sum::<f64>() as f32
+        }));
     }
     Ok(Tensor::from_vec(all, (to.0 * to.1 + first, width), &Device::Cpu)?)
+}
+
+/// The transpose of [`interpolate`] for anchors without a class token: takes a gradient `(N', D)` f32
+/// at the interpolated anchor, of grid `to`, to that at the anchor, `(N, D)` of grid `from`.
+///
+/// # Errors
+/// If the gradient has another number of rows than `to` makes.
+pub fn interpolate_vjp(gradient: &Tensor, from: (usize, usize), to: (usize, usize)) -> Result<Tensor> {
+    let (rows, width) = gradient.dims2()?;
+    if rows != to.0 * to.1 {
+        return Err(Error::argument("gradient", format!("{} rows", to.0 * to.1), rows));
+    }
+    let data = gradient.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.to_vec2::<f32>()?;
+    let mut sums = vec![0f64; from.0 * from.1 * width];
+    for (row, corners) in data.iter().zip(corners(from, to)) {
+        for (at, share) in corners {
+            let sums = sums.iter_mut().skip(at * width);
+            sums.zip(row).for_each(|(sum, value)| *sum += f64::from(*value) * share);
+        }
+    }
+    let sums: Vec<f32> = sums.into_iter().map(|sum| sum as f32).collect();
+    Ok(Tensor::from_vec(sums, (from.0 * from.1, width), &Device::Cpu)?)
+}
+
+/// For each place of the grid `to`, row by row, the four of the grid `from` it lies between, and
+/// their shares.
+fn corners(from: (usize, usize), to: (usize, usize)) -> Vec<[(usize, f64); 4]> {
+    let (down, across) = (between(from.0, to.0), between(from.1, to.1));
+    let mut all = Vec::with_capacity(to.0 * to.1);
+    for &(top, bottom, y) in &down {
+        for &(left, right, x) in &across {
+            let at = |y: usize, x: usize| y * from.1 + x;
+            all.push([
+                (at(top, left), (1.0 - y) * (1.0 - x)),
+                (at(top, right), (1.0 - y) * x),
+                (at(bottom, left), y * (1.0 - x)),
+                (at(bottom, right), y * x),
+            ]);
+        }
+    }
+    all
 }
 
 /// For each of `to` places the two of `from` it lies between, and how far it is from the first.

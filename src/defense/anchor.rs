@@ -1,5 +1,6 @@
-//! The anchor file: one safetensors file with the tensor `anchor`, f32 `(N, D)` in tower order,
-//! and everything about it in its metadata.
+//! The anchor file: one safetensors file with the tensor `anchor`, f32 `(N, D)` in tower order (the
+//! class token where there is one, then the patches row by row of the picture), and everything
+//! about it in its metadata.
 //!
 //! All of it is checked on load. Files are written atomically, and the same anchor always gives
 //! the same bytes.
@@ -82,7 +83,7 @@ pub struct AnchorMeta {
     pub grid: (usize, usize),
     /// Whether row 0 belongs to a class token.
     pub class_token: bool,
-    /// Side of the tower's picture, in pixels.
+    /// Side of the tower's picture, in pixels; the shorter one where it is not square.
     pub image_size: usize,
     /// How pictures were prepared.
     pub contract: Contract,
@@ -95,14 +96,14 @@ pub struct AnchorMeta {
     /// For data-driven anchors how it was trained; empty for the others. Keys without prefix:
     /// `eps`, `epochs`, `images`, `attack`, `examples`, `objective`, `seed`, `losses`, and where they
     /// are known `best_epoch`, `optimizer`, `schedule`, `batch`, `clean_share`, `data`, `templates`,
-    /// `initial` and `validation` (a JSON array of figures, each attacked one with its threat model).
+    /// `initial`, `sizes` (of the pictures, where they were several) and `validation` (a JSON array of figures, each attacked one with its threat model).
     pub training: BTreeMap<String, String>,
 }
 
 /// The keys of [`AnchorMeta::training`] that every data-driven anchor has.
 const TRAINING: [&str; 8] = ["eps", "epochs", "images", "attack", "examples", "objective", "seed", "losses"];
 /// Those that it may have.
-const MORE_TRAINING: [&str; 9] = [
+const MORE_TRAINING: [&str; 10] = [
     "best_epoch",
     "optimizer",
     "schedule",
@@ -111,6 +112,7 @@ const MORE_TRAINING: [&str; 9] = [
     "data",
     "templates",
     "initial",
+    "sizes",
     "validation",
 ];
 
@@ -249,6 +251,25 @@ impl Anchor {
         Ok(Sha256::digest(self.to_bytes()?).iter().map(|b| format!("{b:02x}")).collect())
     }
 
+    /// The anchor's values `(N, D)` for a tower of this shape and fingerprint: as they are, or in a
+    /// tower for pictures of any size interpolated to its grid
+    /// ([`super::acquire::interpolate`]).
+    ///
+    /// # Errors
+    /// As [`Anchor::check`].
+    pub fn fitted(&self, spec: &TowerSpec, fingerprint: &str, allow_mismatch: bool) -> Result<Tensor> {
+        if spec.merge.is_none() || self.meta.class_token || self.values.dim(1)? != spec.hidden {
+            self.check(spec, fingerprint, allow_mismatch)?;
+            return Ok(self.values.clone());
+        }
+        let own = TowerSpec { grid: self.meta.grid, ..spec.clone() };
+        self.check(&own, fingerprint, allow_mismatch)?;
+        if self.meta.grid == spec.grid {
+            return Ok(self.values.clone());
+        }
+        super::acquire::interpolate(&self.values, false, self.meta.grid, spec.grid)
+    }
+
     /// Whether this anchor belongs into a tower of this shape and fingerprint.
     ///
     /// # Errors
@@ -312,6 +333,16 @@ fn shown(text: &str) -> String {
 }
 
 impl AnchorMeta {
+    /// GIF's cutoff for pictures whose shorter side has so many pixels: that of the anchor, or, where
+    /// its own pictures were under 224 pixels or these are, the same share of their bins, as
+    /// [`super::default_cutoff`] has it.
+    pub fn cutoff_at(&self, image_size: usize) -> f64 {
+        if image_size == self.image_size {
+            return self.cutoff;
+        }
+        self.cutoff * super::default_cutoff(image_size) / super::default_cutoff(self.image_size)
+    }
+
     /// Rows the anchor must have.
     pub fn tokens(&self) -> usize {
         self.grid.0.saturating_mul(self.grid.1).saturating_add(usize::from(self.class_token))

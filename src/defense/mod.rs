@@ -9,6 +9,7 @@ pub mod built_in;
 pub mod export;
 mod fra;
 mod gif;
+pub mod grids;
 pub mod guide;
 pub mod presets;
 
@@ -22,8 +23,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::tower::clip::Clip;
-use crate::tower::{Inserts, VisionTower};
+use crate::tower::{Insertable, Inserts};
 use crate::{Error, Result};
 
 /// alpha and beta of the paper's Table 9 for a training-free anchor.
@@ -77,25 +77,48 @@ impl DefenseOptions {
     ///
     /// # Errors
     /// If the anchor file is damaged or does not fit, or a number is out of range.
-    pub fn build(&self, tower: &Clip, fingerprint: impl FnOnce() -> Result<String>) -> Result<Defense> {
+    pub fn build(
+        &self,
+        tower: &impl Insertable,
+        fingerprint: impl FnOnce() -> Result<String>,
+    ) -> Result<Defense> {
+        self.make(&self.source(fingerprint)?, tower)
+    }
+
+    /// Where the anchor is to come from, read and checked as far as that goes without a size.
+    fn source(&self, fingerprint: impl FnOnce() -> Result<String>) -> Result<Source> {
+        Ok(match &self.anchor {
+            AnchorChoice::None => Source::None,
+            AnchorChoice::TrainingFree => Source::TrainingFree,
+            AnchorChoice::File(path) => {
+                Source::File { anchor: Box::new(Anchor::find(path)?), fingerprint: fingerprint()? }
+            }
+        })
+    }
+
+    fn make(&self, source: &Source, tower: &impl Insertable) -> Result<Defense> {
         let spec = tower.spec();
         let (alpha, beta) = TRAINING_FREE_MIX;
         let mut cutoff = default_cutoff(spec.image_size);
         let mut defense = Defense::default();
-        let anchor = match &self.anchor {
-            AnchorChoice::None => None,
-            AnchorChoice::TrainingFree => {
+        let anchor = match source {
+            Source::None => None,
+            Source::TrainingFree => {
                 defense.anchor = Some("training-free".into());
                 defense.method = Some(Method::TrainingFree);
-                Some((acquire::training_free(tower)?, alpha, beta))
+                // Not worth a pass where it is left out.
+                let values = if self.no_fra { None } else { Some(acquire::training_free(tower)?) };
+                Some((values, alpha, beta))
             }
-            AnchorChoice::File(path) => {
-                let anchor = Anchor::find(path)?;
-                anchor.check(spec, &fingerprint()?, self.allow_mismatch)?;
-                cutoff = anchor.meta.cutoff;
-                defense.anchor = Some(path.display().to_string());
+            Source::File { anchor, fingerprint } => {
+                let values = anchor.fitted(spec, fingerprint, self.allow_mismatch)?;
+                cutoff = anchor.meta.cutoff_at(spec.image_size);
+                defense.anchor = match &self.anchor {
+                    AnchorChoice::File(path) => Some(path.display().to_string()),
+                    _ => None,
+                };
                 defense.method = Some(anchor.meta.method);
-                Some((anchor.values, anchor.meta.alpha, anchor.meta.beta))
+                Some((Some(values), anchor.meta.alpha, anchor.meta.beta))
             }
         };
         for (flag, given) in [("alpha", self.alpha), ("beta", self.beta)] {
@@ -107,16 +130,23 @@ impl DefenseOptions {
             return Err(Error::argument("--cutoff", "not together with --no-gif", "both"));
         }
         if !self.no_gif && (anchor.is_some() || self.cutoff.is_some()) {
-            let side = spec.image_size;
-            defense.gif =
-                Some(Arc::new(Gif::new(side, side, self.cutoff.unwrap_or(cutoff), tower.device())?));
+            let (height, width) = spec.picture;
+            let cutoff = self.cutoff.unwrap_or(cutoff);
+            defense.gif = Some(Arc::new(Gif::new(height, width, cutoff, tower.device())?));
         }
-        if let (Some((values, alpha, beta)), false) = (anchor, self.no_fra) {
+        if let (Some((Some(values), alpha, beta)), false) = (anchor, self.no_fra) {
             let (alpha, beta) = (self.alpha.unwrap_or(alpha), self.beta.unwrap_or(beta));
             defense.fra = Some(Arc::new(Fra::new(&values, alpha, beta, tower.device())?));
         }
         Ok(defense)
     }
+}
+
+/// An anchor before it is brought to a grid.
+enum Source {
+    None,
+    TrainingFree,
+    File { anchor: Box<Anchor>, fingerprint: String },
 }
 
 /// What is put into a tower, and how to say so.

@@ -209,7 +209,7 @@ fn load(model: Model, options: EngineOptions) -> Result<Loaded> {
         pipeline,
         model,
         preprocess,
-        defense: defense.summary(),
+        defense,
         max_sequences: options.max_sequences,
     })
 }

@@ -7,7 +7,7 @@ use mistralrs_core::vision_tower::{Encoded, Resize, SuppliedTower, TowerRequest,
 use mistralrs_quant::ShardedVarBuilder;
 
 use super::weights::upstream_name;
-use crate::defense::{AnchorChoice, Defense, DefenseOptions};
+use crate::defense::{Defense, DefenseOptions, DefenseSummary};
 use crate::image::{Filter, Preprocess, resize};
 use crate::model::Model;
 use crate::tower::clip::{Clip, ClipConfig, without_class_token};
@@ -26,7 +26,8 @@ pub struct Supplier {
     options: DefenseOptions,
     /// Whether the checkpoint's tensors go by other names than mistral.rs looks for.
     renamed: bool,
-    outcome: Mutex<Option<Result<Defense>>>,
+    /// What to say of the defence, `None` for the undefended tower.
+    outcome: Mutex<Option<Result<Option<DefenseSummary>>>>,
 }
 
 /// What kind of tower it is, before anything is put into it.
@@ -63,7 +64,7 @@ impl Supplier {
         })
     }
 
-    fn take(&self) -> Option<Result<Defense>> {
+    fn take(&self) -> Option<Result<Option<DefenseSummary>>> {
         self.outcome.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
@@ -80,11 +81,11 @@ impl Supplier {
     }
 
     /// The defence that went into the tower, if it was built.
-    pub fn take_defense(&self) -> Option<Defense> {
+    pub fn take_defense(&self) -> Option<Option<DefenseSummary>> {
         self.take().and_then(Result::ok)
     }
 
-    fn build(&self, request: &TowerRequest<'_>) -> Result<(Arc<dyn SuppliedTower>, Defense)> {
+    fn build(&self, request: &TowerRequest<'_>) -> Result<(Arc<dyn SuppliedTower>, Option<DefenseSummary>)> {
         let weights = Engine { weights: request.weights, file: self.model.folder.clone() };
         match &self.base {
             Base::Clip { config, block, class_token } => {
@@ -92,16 +93,17 @@ impl Supplier {
                 let defense = self.options.build(&tower, || self.model.fingerprint())?;
                 let tower = tower.with(defense.inserts());
                 let (block, class_token, cache_salt) = (*block, *class_token, salt(&defense)?);
-                Ok((Arc::new(Defended { tower, block, class_token, cache_salt }), defense))
+                Ok((Arc::new(Defended { tower, block, class_token, cache_salt }), defense.summary()))
             }
             Base::Qwen(config) => {
                 let tower = Qwen::new(config, &weights, self.mean, self.std)?;
-                if self.options.anchor != AnchorChoice::None || self.options.cutoff.is_some() {
-                    return Err(Error::Unsupported("a defended Qwen-VL".into()));
-                }
-                let defense = Defense::default();
-                let cache_salt = salt(&defense)?;
-                Ok((Arc::new(DefendedQwen { tower, cache_salt }), defense))
+                let defense = self.options.for_grids(&tower, || self.model.fingerprint())?;
+                let summary = defense.summary();
+                // At a middling size: what differs between two defences differs there too.
+                let side = 224usize.next_multiple_of(config.factor()) / config.patch;
+                let cache_salt = salt(&defense.at((side, side))?)?;
+                let tower = tower.with_grids(summary.is_some().then(|| Arc::new(defense) as _));
+                Ok((Arc::new(DefendedQwen { tower, cache_salt }), summary))
             }
         }
     }

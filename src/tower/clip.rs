@@ -747,6 +747,14 @@ impl Insertable for Clip {
     fn fingerprint(&self) -> Result<String> {
         Clip::fingerprint(self)
     }
+
+    fn dtype(&self) -> DType {
+        Clip::dtype(self)
+    }
+
+    fn precision(&self) -> Option<Precision> {
+        Clip::precision(self)
+    }
 }
 
 /// [`Clip::fingerprint`] of the tower in `checkpoint`, reading only what it covers.

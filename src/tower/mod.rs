@@ -269,6 +269,14 @@ pub trait Insertable: VisionTower + Clone {
     /// # Errors
     /// If the device fails.
     fn fingerprint(&self) -> Result<String>;
+
+    /// The dtype the weights are held in.
+    fn dtype(&self) -> DType;
+
+    /// How a packed tower multiplies; `None` for one that is not packed.
+    fn precision(&self) -> Option<Precision> {
+        None
+    }
 }
 
 impl<T: VisionTower> VisionTower for &T {

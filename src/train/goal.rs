@@ -7,8 +7,7 @@ use crate::attack::{
     TowerClassifier, with_settings,
 };
 use crate::text::ZeroShotHead;
-use crate::tower::clip::Clip;
-use crate::tower::{Cotangent, VisionTower, Want, Wrt};
+use crate::tower::{Cotangent, Features, Insertable, VisionTower, Want, Wrt};
 use crate::{Error, Result};
 
 /// What a training makes small.
@@ -57,7 +56,7 @@ impl Goal<'_> {
     }
 
     /// Whether the plan's attack can be made on it.
-    pub(super) fn check(&self, plan: &Plan, tower: &Clip) -> Result<()> {
+    pub(super) fn check(&self, plan: &Plan, tower: &impl Insertable) -> Result<()> {
         match self {
             Self::CrossEntropy { head } => {
                 let attack = Named::new(&plan.attack, plan.eps, &plan.settings)?;
@@ -82,11 +81,11 @@ impl Goal<'_> {
 
     /// Crafts pictures on `tower`; `undefended` is the tower whose features are to be kept.
     #[expect(clippy::too_many_arguments, reason = "each is another thing")]
-    pub(super) fn craft(
+    pub(super) fn craft<T: Insertable>(
         &self,
         plan: &Plan,
-        undefended: &Clip,
-        tower: &Clip,
+        undefended: &T,
+        tower: &T,
         subject: Subject,
         pictures: &Pictures,
         labels: Vec<usize>,
@@ -112,10 +111,10 @@ impl Goal<'_> {
     /// The loss of pixels `(B, 3, H, W)` in `tower`, summed, and if asked for the gradient at the
     /// anchor of `weight` times its mean. `clean` are the pictures before the attack.
     #[expect(clippy::too_many_arguments, reason = "each is another thing")]
-    pub(super) fn loss_and_gradient(
+    pub(super) fn loss_and_gradient<T: Insertable>(
         &self,
-        undefended: &Clip,
-        tower: &Clip,
+        undefended: &T,
+        tower: &T,
         pixels: &Tensor,
         clean: &Tensor,
         labels: &[usize],
@@ -176,9 +175,12 @@ impl Goal<'_> {
     }
 }
 
-type Ran = (crate::tower::Features, Option<<Clip as VisionTower>::Tape>);
-
-fn run(tower: &Clip, pixels: &Tensor, want: &Want, keep: bool) -> Result<Ran> {
+fn run<T: VisionTower>(
+    tower: &T,
+    pixels: &Tensor,
+    want: &Want,
+    keep: bool,
+) -> Result<(Features, Option<T::Tape>)> {
     if keep {
         let (features, tape) = tower.forward_tape(pixels, want)?;
         return Ok((features, Some(tape)));
@@ -186,11 +188,15 @@ fn run(tower: &Clip, pixels: &Tensor, want: &Want, keep: bool) -> Result<Ran> {
     Ok((tower.forward(pixels, want)?, None))
 }
 
-fn at_once(tower: &Clip) -> usize {
+fn at_once(tower: &impl VisionTower) -> usize {
     TOKENS.div_ceil(tower.spec().tokens().max(1))
 }
 
-fn in_parts(pixels: &Tensor, tower: &Clip, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+fn in_parts(
+    pixels: &Tensor,
+    tower: &impl VisionTower,
+    f: impl Fn(&Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
     let (batch, at_once) = (pixels.dim(0)?, at_once(tower));
     let parts = (0..batch)
         .step_by(at_once)

@@ -30,11 +30,11 @@ pub use state::{Epoch, Measured, Step};
 
 use crate::attack::{Eps, Pictures, Settings, Subject, key, picture_rng, quantise};
 use crate::data::{Defect, LabelledSet};
-use crate::defense::{Defense, Fra, Gif, Method};
+use crate::defense::acquire::{interpolate, interpolate_vjp};
+use crate::defense::{Defense, Fra, Gif, Method, default_cutoff};
 use crate::eval::run::{Manifest, claim, write_whole};
 use crate::image::{DecodeLimits, Preprocess, pixels_from_rgb};
-use crate::tower::VisionTower;
-use crate::tower::clip::Clip;
+use crate::tower::Insertable;
 use crate::{Error, Result};
 use state::State;
 use store::Store;
@@ -159,13 +159,13 @@ pub struct TrainingSet<'a> {
 }
 
 /// A training: all that decides the anchor.
-pub struct Training<'a> {
+pub struct Training<'a, T> {
     /// How.
     pub plan: Plan,
     /// The frozen tower with nothing put in.
-    pub tower: &'a Clip,
+    pub tower: &'a T,
     /// The same in the precision pictures are crafted in, where that is another.
-    pub craft: Option<&'a Clip>,
+    pub craft: Option<&'a T>,
     /// The model's name.
     pub model: String,
     /// What is to become small.
@@ -179,7 +179,28 @@ pub struct Training<'a> {
     /// A folder for the prepared and crafted pictures, which trainings share that differ in neither;
     /// the training's own where not given.
     pub pictures: Option<PathBuf>,
+    /// Other sizes that steps take turns with, in a tower for pictures of any size; the anchor is
+    /// interpolated to each. Every picture is prepared and crafted at every size.
+    pub others: Vec<Resolution<'a, T>>,
 }
+
+/// A tower at one size of picture.
+pub struct Resolution<'a, T> {
+    /// The frozen tower with nothing put in.
+    pub tower: &'a T,
+    /// The same in the precision pictures are crafted in, where that is another.
+    pub craft: Option<&'a T>,
+    /// From a picture file to the tower's pixels.
+    pub preprocess: &'a Preprocess,
+}
+
+impl<T> Clone for Resolution<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Resolution<'_, T> {}
 
 /// How far a training is.
 #[derive(Debug, Clone, PartialEq)]
@@ -261,9 +282,11 @@ struct Rows {
     labels: Vec<usize>,
     /// Rows below this are trained on, the others are held out.
     trained: usize,
-    clean: Store,
+    /// At every size.
+    clean: Vec<Store>,
     /// Crafted on the undefended model.
-    crafted: Option<Store>,
+    /// At every size, of static examples.
+    crafted: Vec<Store>,
     defects: Vec<Defect>,
 }
 
@@ -275,7 +298,7 @@ struct Prepared {
     defects: Vec<(String, String)>,
 }
 
-impl Training<'_> {
+impl<T: Insertable> Training<'_, T> {
     /// What decides the result; `more` are the caller's own entries, such as the model's weights
     /// and the head's templates.
     ///
@@ -302,6 +325,10 @@ impl Training<'_> {
                 "resize": format!("{:?}, {:?}", p.scale, p.filter),
             },
         });
+        if let (Some(all), false) = (decides.as_object_mut(), self.others.is_empty()) {
+            let size = |other: &Resolution<T>| json!([other.preprocess.height, other.preprocess.width]);
+            all.insert("other_sizes".into(), self.others.iter().map(size).collect());
+        }
         if let (Some(all), Value::Object(more)) = (decides.as_object_mut(), more) {
             all.extend(more);
         }
@@ -335,8 +362,18 @@ impl Training<'_> {
             return Err(Error::argument("data", expected, self.data.set.classes().len()));
         }
         self.goal.check(&self.plan, self.tower)?;
+        for at in self.sizes() {
+            let (height, width) = at.tower.spec().picture;
+            let (h, w) = (at.preprocess.height as usize, at.preprocess.width as usize);
+            if (h, w) != (height, width) {
+                let expected = format!("{height}x{width}, as the tower's");
+                return Err(Error::argument("pictures", expected, format!("{h}x{w}")));
+            }
+        }
         let initial = self.initial.flatten_all()?.to_vec1::<f32>()?;
-        self.defense(&initial, &self.gif()?)?;
+        for (at, gif) in self.sizes().into_iter().zip(self.gifs()?) {
+            self.defense(&initial, &gif, at)?;
+        }
         if self.pictures.as_deref() == Some(folder) {
             return Err(Error::argument("shared pictures", "a folder of their own", folder.display()));
         }
@@ -377,6 +414,12 @@ impl Training<'_> {
         claim(shared, &Manifest::new(decides, None, self.items()), true).map(Some)
     }
 
+    /// The training's own size and those that take turns with it.
+    fn sizes(&self) -> Vec<Resolution<'_, T>> {
+        let own = Resolution { tower: self.tower, craft: self.craft, preprocess: self.data.preprocess };
+        std::iter::once(own).chain(self.others.iter().copied()).collect()
+    }
+
     fn items(&self) -> usize {
         self.data.set.items().len() + self.data.held_out.map_or(0, |set| set.items().len())
     }
@@ -385,27 +428,40 @@ impl Training<'_> {
     fn prepare(&self, folder: &Path, told: &mut dyn FnMut(&Progress)) -> Result<Rows> {
         const AT_ONCE: usize = 64;
         let of = self.items();
-        let (width, height) = (self.data.preprocess.width as usize, self.data.preprocess.height as usize);
-        let (list, pictures) = (folder.join("pictures.json"), folder.join("pictures.u8"));
+        let sizes = self.sizes();
+        let side = |at: &Resolution<T>| (at.preprocess.width as usize, at.preprocess.height as usize);
+        let list = folder.join("pictures.json");
+        // The first is the training's own size.
+        let file = |what: &str, i: usize| match i {
+            0 => folder.join(format!("{what}.u8")),
+            i => folder.join(format!("{what}-{i}.u8")),
+        };
         let mut tell = |now: &str, done: usize, of: usize| {
             told(&Progress { now: now.into(), done, of, loss: None, ended: None });
         };
         let sets: Vec<&LabelledSet> = std::iter::once(self.data.set).chain(self.data.held_out).collect();
         if !list.exists() {
             let mut prepared = Prepared { rows: [Vec::new(), Vec::new()], defects: Vec::new() };
-            let mut store = Store::create(&pictures, width, height)?;
+            let stores = sizes.iter().enumerate().map(|(i, at)| {
+                let (width, height) = side(at);
+                Store::create(&file("pictures", i), width, height)
+            });
+            let mut stores = stores.collect::<Result<Vec<_>>>()?;
             let mut done = 0;
             for (set, rows) in sets.iter().zip(&mut prepared.rows) {
                 let all: Vec<usize> = (0..set.items().len()).collect();
                 for part in all.chunks(AT_ONCE) {
-                    let read = |&i: &usize| -> Result<RgbImage> {
-                        Ok(self.data.preprocess.prepare(&set.picture(i, &self.data.limits)?))
+                    let read = |&i: &usize| -> Result<Vec<RgbImage>> {
+                        let picture = set.picture(i, &self.data.limits)?;
+                        Ok(sizes.iter().map(|at| at.preprocess.prepare(&picture)).collect())
                     };
-                    let found: Vec<Result<RgbImage>> = part.par_iter().map(read).collect();
-                    for (&i, picture) in part.iter().zip(found) {
-                        match picture {
-                            Ok(picture) => {
-                                store.append(picture.as_raw())?;
+                    let found: Vec<Result<Vec<RgbImage>>> = part.par_iter().map(read).collect();
+                    for (&i, pictures) in part.iter().zip(found) {
+                        match pictures {
+                            Ok(pictures) => {
+                                for (store, picture) in stores.iter_mut().zip(&pictures) {
+                                    store.append(picture.as_raw())?;
+                                }
                                 rows.push(i);
                             }
                             Err(error) => {
@@ -419,7 +475,9 @@ impl Training<'_> {
                 let defects = set.defects().iter().map(|defect| (defect.id.clone(), defect.reason.clone()));
                 prepared.defects.extend(defects);
             }
-            store.sync()?;
+            for store in &mut stores {
+                store.sync()?;
+            }
             write_whole(&list, &prepared)?;
         }
         let text = std::fs::read_to_string(&list).map_err(|e| Error::read(&list, e))?;
@@ -429,8 +487,8 @@ impl Training<'_> {
             keys: Vec::new(),
             labels: Vec::new(),
             trained: prepared.rows[0].len(),
-            clean: Store::open_or_create(&pictures, width, height)?,
-            crafted: None,
+            clean: Vec::new(),
+            crafted: Vec::new(),
             defects: prepared.defects.into_iter().map(|(id, reason)| Defect { id, reason }).collect(),
         };
         for (set, found) in sets.iter().zip(&prepared.rows) {
@@ -439,9 +497,15 @@ impl Training<'_> {
                 rows.labels.push(item.label);
             }
         }
-        if rows.keys.len() != rows.clean.len() {
-            let reason = format!("expected {} pictures, found {}", rows.keys.len(), rows.clean.len());
-            return Err(Error::config(pictures, reason));
+        for (i, at) in sizes.iter().enumerate() {
+            let (width, height) = side(at);
+            let path = file("pictures", i);
+            let store = Store::open_or_create(&path, width, height)?;
+            if rows.keys.len() != store.len() {
+                let reason = format!("expected {} pictures, found {}", rows.keys.len(), store.len());
+                return Err(Error::config(path, reason));
+            }
+            rows.clean.push(store);
         }
         if rows.trained == 0 {
             let reason =
@@ -452,34 +516,49 @@ impl Training<'_> {
             return Err(Error::argument("held-out pictures", "one that can be read", "none"));
         }
         if self.plan.examples == Examples::Static {
-            let path = folder.join("crafted.u8");
-            let mut store = Store::open_or_create(&path, width, height)?;
-            if store.len() > rows.labels.len() {
-                let reason = format!("expected {} pictures, found {}", rows.labels.len(), store.len());
-                return Err(Error::config(path, reason));
+            for (i, at) in sizes.into_iter().enumerate() {
+                let store = self.craft_all(&rows, i, at, &file("crafted", i), &mut tell)?;
+                rows.crafted.push(store);
             }
-            if store.len() < rows.labels.len() {
-                store.cut_to_groups(AT_ONCE)?;
-            }
-            let tower = self.craft.unwrap_or(self.tower);
-            let subject = Subject::undefended(&self.model);
-            let of = rows.labels.len();
-            while store.len() < of {
-                let part: Vec<usize> = (store.len()..of.min(store.len() + AT_ONCE)).collect();
-                tell("crafting on the undefended model", store.len(), of);
-                let clean = self.pixels(&rows.clean, &part)?;
-                let found =
-                    self.craft(tower, subject.clone(), &clean, &rows, &part, self.draw("static", 0))?;
-                let found = quantise(&found, &clean, self.plan.eps)?;
-                for row in 0..part.len() {
-                    store.append(&store::bytes(&found.get(row)?)?)?;
-                }
-                store.sync()?;
-            }
-            tell("crafting on the undefended model", of, of);
-            rows.crafted = Some(store);
         }
         Ok(rows)
+    }
+
+    /// Crafts what is not crafted yet at a size, the `i`th, on the undefended model.
+    fn craft_all(
+        &self,
+        rows: &Rows,
+        i: usize,
+        at: Resolution<'_, T>,
+        path: &Path,
+        tell: &mut dyn FnMut(&str, usize, usize),
+    ) -> Result<Store> {
+        const AT_ONCE: usize = 64;
+        let mut store =
+            Store::open_or_create(path, at.preprocess.width as usize, at.preprocess.height as usize)?;
+        let of = rows.labels.len();
+        if store.len() > of {
+            return Err(Error::config(path, format!("expected {of} pictures, found {}", store.len())));
+        }
+        if store.len() < of {
+            store.cut_to_groups(AT_ONCE)?;
+        }
+        let tower = at.craft.unwrap_or(at.tower);
+        let subject = Subject::undefended(&self.model);
+        while store.len() < of {
+            let part: Vec<usize> = (store.len()..of.min(store.len() + AT_ONCE)).collect();
+            tell("crafting on the undefended model", store.len(), of);
+            let clean = self.pixels(&rows.clean[i], &part)?;
+            let seed = self.draw("static", 0);
+            let found = self.craft(at.tower, tower, subject.clone(), &clean, rows, &part, seed)?;
+            let found = quantise(&found, &clean, self.plan.eps)?;
+            for row in 0..part.len() {
+                store.append(&store::bytes(&found.get(row)?)?)?;
+            }
+            store.sync()?;
+        }
+        tell("crafting on the undefended model", of, of);
+        Ok(store)
     }
 
     /// The seed of the attacks for a purpose, so that no two of them begin alike.
@@ -487,9 +566,17 @@ impl Training<'_> {
         picture_rng(self.plan.seed, round as u64, 1, purpose).next_u64()
     }
 
-    fn gif(&self) -> Result<Arc<Gif>> {
-        let side = self.tower.spec().image_size;
-        Ok(Arc::new(Gif::new(side, side, self.plan.cutoff, self.tower.device())?))
+    /// The filter at each size: at the training's own the plan's cutoff, at others the same as
+    /// [`default_cutoff`] would have it.
+    fn gifs(&self) -> Result<Vec<Arc<Gif>>> {
+        self.sizes().iter().map(|at| self.gif_at(at.tower)).collect()
+    }
+
+    fn gif_at(&self, tower: &T) -> Result<Arc<Gif>> {
+        let (own, size) = (self.tower.spec().image_size, tower.spec().image_size);
+        let share = if own == size { 1.0 } else { default_cutoff(size) / default_cutoff(own) };
+        let (height, width) = tower.spec().picture;
+        Ok(Arc::new(Gif::new(height, width, self.plan.cutoff * share, tower.device())?))
     }
 
     /// Pixels `(R, 3, H, W)` of these rows.
@@ -502,10 +589,25 @@ impl Training<'_> {
         Ok(Tensor::stack(&pixels, 0)?)
     }
 
-    /// Adversarial pixels of these rows, crafted on `tower`.
+    /// Nothing, GIF alone, and GIF with `anchor`, `(N, D)` at the training's own size: what a
+    /// validation compares, as it is at a size.
+    ///
+    /// # Errors
+    /// If the anchor is not of the tower's shape.
+    pub fn compared(&self, anchor: &Tensor, at: Resolution<'_, T>) -> Result<Vec<(&'static str, Defense)>> {
+        let gif = self.gif_at(at.tower)?;
+        let alone = Defense { gif: Some(gif.clone()), ..Defense::default() };
+        let values = anchor.flatten_all()?.to_vec1::<f32>()?;
+        let both = Defense { anchor: Some("trained".into()), ..self.defense(&values, &gif, at)? };
+        Ok(vec![("none", Defense::default()), ("gif", alone), ("gif+fra", both)])
+    }
+
+    /// Adversarial pixels of these rows, crafted on `tower`, which is `bare` with or without a defence.
+    #[expect(clippy::too_many_arguments, reason = "each is another thing")]
     fn craft(
         &self,
-        tower: &Clip,
+        bare: &T,
+        tower: &T,
         subject: Subject,
         clean: &Tensor,
         rows: &Rows,
@@ -514,13 +616,16 @@ impl Training<'_> {
     ) -> Result<Tensor> {
         let pictures = Pictures::new(clean, part.iter().map(|&row| rows.keys[row]).collect())?;
         let labels = part.iter().map(|&row| rows.labels[row]).collect();
-        self.goal.craft(&self.plan, self.tower, tower, subject, &pictures, labels, seed)
+        self.goal.craft(&self.plan, bare, tower, subject, &pictures, labels, seed)
     }
 
-    /// The tower with GIF and this anchor.
-    fn defense(&self, anchor: &[f32], gif: &Arc<Gif>) -> Result<Defense> {
-        let spec = self.tower.spec();
-        let anchor = Tensor::from_slice(anchor, (spec.tokens(), spec.hidden), &Device::Cpu)?;
+    /// GIF and this anchor, `(N, D)` at the training's own size, as they are at another.
+    fn defense(&self, anchor: &[f32], gif: &Arc<Gif>, at: Resolution<'_, T>) -> Result<Defense> {
+        let (spec, there) = (self.tower.spec(), at.tower.spec());
+        let mut anchor = Tensor::from_slice(anchor, (spec.tokens(), spec.hidden), &Device::Cpu)?;
+        if there.grid != spec.grid {
+            anchor = interpolate(&anchor, spec.class_token, spec.grid, there.grid)?;
+        }
         let fra = Fra::new(&anchor, self.plan.alpha, self.plan.beta, self.tower.device())?;
         Ok(Defense {
             gif: Some(gif.clone()),
@@ -539,14 +644,15 @@ impl Training<'_> {
         clean: &Tensor,
         defense: &Defense,
         epoch: Option<usize>,
+        (i, at): (usize, Resolution<'_, T>),
     ) -> Result<Tensor> {
-        match &rows.crafted {
+        match rows.crafted.get(i) {
             Some(store) => self.pixels(store, part),
             None => {
-                let tower = self.craft.unwrap_or(self.tower).with(defense.inserts());
+                let tower = at.craft.unwrap_or(at.tower).with(defense.inserts());
                 let subject = Subject::new(&self.model, defense)?;
                 let seed = epoch.map_or_else(|| self.draw("held out", 0), |epoch| self.draw("epoch", epoch));
-                self.craft(&tower, subject, clean, rows, part, seed)
+                self.craft(at.tower, &tower, subject, clean, rows, part, seed)
             }
         }
     }
@@ -559,14 +665,14 @@ impl Training<'_> {
             Some(state) => state,
             None => State::new(initial),
         };
-        let gif = self.gif()?;
+        let (sizes, gifs) = (self.sizes(), self.gifs()?);
         let per_epoch = rows.trained.div_ceil(plan.batch);
         let total = per_epoch * plan.epochs;
         let mut order = (usize::MAX, Vec::new());
         loop {
             let (epoch, within) = (state.steps.len() / per_epoch, state.steps.len() % per_epoch);
             if within == 0 && state.epochs.len() <= epoch {
-                self.end_epoch(&mut state, rows, &gif, epoch, per_epoch, told)?;
+                self.end_epoch(&mut state, rows, &gifs, epoch, per_epoch, told)?;
                 state.write(&path)?;
             }
             let worse = state.epochs.len().saturating_sub(1 + state.best_epoch);
@@ -578,8 +684,9 @@ impl Training<'_> {
             }
             let part: Vec<usize> =
                 order.1.iter().copied().skip(within * plan.batch).take(plan.batch).collect();
-            let defense = self.defense(&state.anchor, &gif)?;
-            let found = self.loss(rows, &part, &defense, Some(epoch))?;
+            let i = state.steps.len() % sizes.len();
+            let defense = self.defense(&state.anchor, &gifs[i], sizes[i])?;
+            let found = self.loss(rows, &part, &defense, Some(epoch), (i, sizes[i]))?;
             let rate = plan.schedule.factor(state.steps.len(), total);
             plan.optimizer.step(&mut state.anchor, &found.gradient, &mut state.moments, rate);
             state.steps.push(Step { epoch: epoch + 1, loss: found.measured.loss });
@@ -609,16 +716,19 @@ impl Training<'_> {
         &self,
         state: &mut State,
         rows: &Rows,
-        gif: &Arc<Gif>,
+        gifs: &[Arc<Gif>],
         epoch: usize,
         per_epoch: usize,
         told: &mut dyn FnMut(&Progress),
     ) -> Result<()> {
-        let defense = self.defense(&state.anchor, gif)?;
+        let sizes = self.sizes();
+        let defenses = sizes.iter().zip(gifs).map(|(at, gif)| self.defense(&state.anchor, gif, *at));
+        let defenses = defenses.collect::<Result<Vec<_>>>()?;
         let held_out: Vec<usize> = (rows.trained..rows.labels.len()).collect();
         let mut sum = Measured::default();
-        for part in held_out.chunks(self.plan.batch) {
-            let found = self.loss(rows, part, &defense, None)?;
+        for (chunk, part) in held_out.chunks(self.plan.batch).enumerate() {
+            let i = chunk % sizes.len();
+            let found = self.loss(rows, part, &defenses[i], None, (i, sizes[i]))?;
             sum.add(&found.measured, part.len());
             let done = part[0] + part.len() - rows.trained;
             told(&Progress {
@@ -656,11 +766,12 @@ impl Training<'_> {
         part: &[usize],
         defense: &Defense,
         epoch: Option<usize>,
+        (i, at): (usize, Resolution<'_, T>),
     ) -> Result<LossAndGradient> {
         let gradient = epoch.is_some();
-        let tower = self.tower.with(defense.inserts());
-        let clean = self.pixels(&rows.clean, part)?;
-        let examples = self.examples(rows, part, &clean, defense, epoch)?;
+        let tower = at.tower.with(defense.inserts());
+        let clean = self.pixels(&rows.clean[i], part)?;
+        let examples = self.examples(rows, part, &clean, defense, epoch, (i, at))?;
         let labels: Vec<usize> = part.iter().map(|&row| rows.labels[row]).collect();
         let share = self.plan.clean;
         let mut kinds = vec![(&examples, 1.0 - share)];
@@ -668,17 +779,22 @@ impl Training<'_> {
         if share > 0.0 || !gradient {
             kinds.push((&clean, share));
         }
-        let mut sum = vec![0f32; if gradient { self.initial.elem_count() } else { 0 }];
+        let (own, there) = (self.tower.spec(), at.tower.spec());
+        let mut sum = vec![0f32; if gradient { there.tokens() * there.hidden } else { 0 }];
         let mut loss = 0.0;
         let mut right = [None, None];
         for (i, (pixels, weight)) in kinds.into_iter().enumerate() {
             let found =
-                self.goal.loss_and_gradient(self.tower, &tower, pixels, &clean, &labels, weight, gradient)?;
+                self.goal.loss_and_gradient(at.tower, &tower, pixels, &clean, &labels, weight, gradient)?;
             loss += weight * found.loss / part.len() as f64;
             right[i] = found.right.map(|right| right as f64);
             for (sum, value) in sum.iter_mut().zip(&found.gradient) {
                 *sum += value;
             }
+        }
+        if gradient && there.grid != own.grid {
+            let found = Tensor::from_vec(sum, (there.tokens(), there.hidden), &Device::Cpu)?;
+            sum = interpolate_vjp(&found, own.grid, there.grid)?.flatten_all()?.to_vec1::<f32>()?;
         }
         let percent = |right: Option<f64>| right.map(|right| 100.0 * right / part.len() as f64);
         Ok(LossAndGradient {
@@ -702,19 +818,21 @@ pub struct Distances {
     pub adaptive: f64,
 }
 
-impl Training<'_> {
+impl<T: Insertable> Training<'_, T> {
     /// What each of these defences comes to on the pictures of `set` that can be read, where the goal
-    /// is features. Transfer pictures are crafted once for all.
+    /// is features, at a size that may be another than the training's. Transfer pictures are crafted
+    /// once for all.
     ///
     /// # Errors
     /// If no picture can be read, or the model fails.
     pub fn distances(
         &self,
+        at: Resolution<'_, T>,
         set: &LabelledSet,
         defenses: &[Defense],
         told: &mut dyn FnMut(&Progress),
     ) -> Result<Vec<Distances>> {
-        let attacked = self.craft.unwrap_or(self.tower);
+        let attacked = at.craft.unwrap_or(at.tower);
         let seed = self.draw("validation", 0);
         let all: Vec<usize> = (0..set.items().len()).collect();
         let mut sums = vec![[0.0; 3]; defenses.len()];
@@ -725,8 +843,8 @@ impl Training<'_> {
             for &i in part {
                 // One that cannot be read counts for nothing, as in training.
                 if let Ok(picture) = set.picture(i, &self.data.limits) {
-                    let picture = self.data.preprocess.prepare(&picture);
-                    pixels.push(pixels_from_rgb(&picture, self.tower.device())?);
+                    let picture = at.preprocess.prepare(&picture);
+                    pixels.push(pixels_from_rgb(&picture, at.tower.device())?);
                     keys.push(key(&set.items()[i].id));
                 }
             }
@@ -736,18 +854,18 @@ impl Training<'_> {
             let clean = Tensor::stack(&pixels, 0)?;
             let labels = vec![0; keys.len()];
             let pictures = Pictures::new(&clean, keys)?;
-            let craft = |tower: &Clip, subject: Subject| {
-                self.goal.craft(&self.plan, self.tower, tower, subject, &pictures, labels.clone(), seed)
+            let craft = |tower: &T, subject: Subject| {
+                self.goal.craft(&self.plan, at.tower, tower, subject, &pictures, labels.clone(), seed)
             };
             let transfer = craft(attacked, Subject::undefended(&self.model))?;
             for (defense, sums) in defenses.iter().zip(&mut sums) {
-                let tower = self.tower.with(defense.inserts());
+                let tower = at.tower.with(defense.inserts());
                 let subject = Subject::new(&self.model, defense)?;
                 let adaptive = craft(&attacked.with(defense.inserts()), subject)?;
                 for (sum, pixels) in sums.iter_mut().zip([&clean, &transfer, &adaptive]) {
                     let goal = &self.goal;
                     let found =
-                        goal.loss_and_gradient(self.tower, &tower, pixels, &clean, &labels, 1.0, false)?;
+                        goal.loss_and_gradient(at.tower, &tower, pixels, &clean, &labels, 1.0, false)?;
                     *sum += found.loss;
                 }
             }

@@ -35,8 +35,8 @@ use crate::{Error, Result};
 
 /// Added to the variance in every norm.
 const EPS: f64 = 1e-6;
-/// Grids whose positions are kept: a server sees many.
-const GRIDS: usize = 64;
+/// Tokens of all grids whose positions are kept: a server sees many.
+const TOKENS: usize = 1 << 14;
 
 /// A Qwen-VL's vision tower with what is put into it, for pictures of any grid.
 ///
@@ -385,7 +385,7 @@ impl Qwen {
             return Ok(grid.clone());
         }
         let grid = Arc::new(Grid::new(&self.config, size, self.positions.as_ref(), &self.device)?);
-        if grids.len() >= GRIDS {
+        if grids.values().map(|grid| grid.tokens()).sum::<usize>() + grid.tokens() > TOKENS {
             grids.clear();
         }
         grids.insert(size, grid.clone());
@@ -933,6 +933,10 @@ impl Insertable for QwenAt {
 
     fn fingerprint(&self) -> Result<String> {
         self.tower.fingerprint()
+    }
+
+    fn dtype(&self) -> DType {
+        self.tower.dtype
     }
 }
 
