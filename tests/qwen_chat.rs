@@ -107,7 +107,8 @@ async fn agree(engine: &Engine, family: &str) {
         }
         assert_eq!(answer.tokens, ids(&case["tokens"]), "{family} {name}: tokens");
         assert_eq!(answer.logits.len(), logits.len(), "{family} {name}: steps");
-        assert_eq!(answer.text, case["text"].as_str().expect("text"), "{family} {name}: text");
+        // mistral.rs leaves out a space in front.
+        assert_eq!(answer.text.trim(), case["text"].as_str().expect("text").trim(), "{family} {name}: text");
     }
     println!("{family}: logits differ by at most {worst:e}");
 }
@@ -218,6 +219,35 @@ fn concurrent_answers_equal_single_ones() {
     });
 }
 
+/// Prompts of one length are decoded in the same steps, whatever the grids of their pictures: here
+/// 3 x 4 and 2 x 6 tokens, behind which an answer has other positions.
+#[test]
+fn prompts_of_one_length_share_steps() {
+    runtime().block_on(async {
+        for name in FAMILIES {
+            let engine = load(&family(name)).await;
+            let side = if name.starts_with("qwen3") { 32 } else { 28 };
+            let conversation = |(width, height): (u32, u32)| {
+                let size = (width * side, height * side);
+                let image = RgbImage::from_fn(size.0, size.1, |x, y| image::Rgb([x as u8, y as u8, 99]));
+                vec![Turn { role: Role::User, text: "What is it?".into(), images: vec![image] }]
+            };
+            let conversations = [(4, 3), (6, 2), (3, 4), (2, 6)].map(conversation);
+            let mut alone = Vec::new();
+            for turns in &conversations {
+                let answer = engine.answer(turns, &sampling(8)).await.expect("an answer");
+                alone.push((answer.prompt_tokens, answer.tokens));
+            }
+            assert!(alone.iter().all(|(length, _)| *length == alone[0].0), "{name}: {alone:?}");
+            let plain = Sampling { trace: false, ..sampling(8) };
+            let answers = conversations.iter().map(|turns| engine.answer(turns, &plain));
+            for ((_, alone), answer) in alone.iter().zip(futures::future::join_all(answers).await) {
+                assert_eq!(*alone, answer.expect("an answer").tokens, "{name}");
+            }
+        }
+    });
+}
+
 /// What cannot be answered is an error, and what follows is answered as ever.
 #[test]
 fn bad_conversations_are_errors() {
@@ -235,8 +265,8 @@ fn bad_conversations_are_errors() {
                 let error = engine.answer(turns, &sampling(2)).await.expect_err("a marker in the text");
                 assert!(matches!(error, Error::Conversation(_)), "{error:?}");
             }
-            // 512 tokens are the most; each of these takes 15.
-            let long = Turn { role: Role::User, text: "What?".into(), images: vec![picture("wide"); 40] };
+            // 512 tokens are the most; each of these takes 10 or more.
+            let long = Turn { role: Role::User, text: "What?".into(), images: vec![picture("wide"); 60] };
             let error = engine.answer(&[long], &sampling(2)).await.expect_err("a long prompt");
             assert!(error.to_string().contains("the model takes 512"), "{error}");
             let strip = Turn { role: Role::User, text: "What?".into(), images: vec![RgbImage::new(201, 1)] };

@@ -205,13 +205,7 @@ fn load(model: Model, options: EngineOptions) -> Result<Loaded> {
     let Some(defense) = supplier.take_defense() else {
         return Err(Error::Engine("mistral.rs did not ask for the vision tower".into()));
     };
-    Ok(Loaded {
-        pipeline,
-        model,
-        preprocess,
-        defense,
-        max_sequences: options.max_sequences,
-    })
+    Ok(Loaded { pipeline, model, preprocess, defense, max_sequences: options.max_sequences })
 }
 
 fn parse_isq(isq: &str, device: &Device) -> Result<IsqType> {

@@ -90,7 +90,8 @@ fn translate_vision(model: &Model, path: &Path, width: u64) -> Result<Value> {
     }
     let mut vision = json!({
         "depth": tower.blocks,
-        "hidden_act": tower.activation,
+        // mistral.rs' spelling; with the published one it does not load.
+        "hidden_act": tower.activation.replace("quick_gelu", "quickgelu"),
         "hidden_size": tower.hidden,
         "in_channels": 3,
         "in_chans": 3,
@@ -218,7 +219,8 @@ fn translate_text(
     let new = text.remove("rope_parameters");
     let old = text.remove("rope_scaling");
     let rope = |key: &str| [&old, &new].into_iter().flatten().find_map(|rope| rope.get(key)).cloned();
-    let given = text.remove("rope_theta").or(rope("rope_theta")).unwrap_or(json!(theta));
+    let flat = text.remove("rope_theta");
+    let given = rope("rope_theta").or(flat).unwrap_or(json!(theta));
     if given.as_f64().is_none_or(|theta| !theta.is_finite() || theta <= 0.0) {
         return Err(fail(format!("rope_theta: expected a positive number, found {given}")));
     }
