@@ -330,7 +330,8 @@ impl Train {
             };
             let places =
                 sizes.iter().chain(&self.validation_size).map(place).collect::<radapt::Result<_>>()?;
-            let side = sizes.first().map_or(0, |size| size.height.max(size.width));
+            // As large as pocket's scenes are drawn, or as the pictures are.
+            let side = sizes.first().map_or(0, |size| size.height.max(size.width)).clamp(96, 224);
             let ground = self.ground(model, places, sizes.len(), None, &options, side, global.seed)?;
             spinner.finish_and_clear();
             return self.train_on(global, ground);

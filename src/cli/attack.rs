@@ -5,13 +5,16 @@ use std::process::ExitCode;
 use clap::Args;
 use radapt::attack::{Eps, NAMES, ThreatKind};
 
-use super::Global;
-use super::classify::{RunFlags, What};
+use super::classify::{RunFlags, What, with_text};
+use super::options::{ModelOptions, Size};
+use super::{Global, attack_features};
 
 /// Craft adversarial pictures of labelled ones, as PNG files that stay in the ball
 ///
 /// They go into a run's folder (`pictures/`), with a line for each in `items.jsonl`: the class the
 /// model gives it as crafted and rounded to 8 bits. Pictures that the model gets wrong are left out.
+/// On a model without a text side, a LLaVA or a Qwen-VL, pgd attacks what its language model reads,
+/// and the lines say how far the features moved.
 #[derive(Args)]
 #[command(after_help = names())]
 pub struct AttackCommand {
@@ -25,6 +28,9 @@ pub struct AttackCommand {
     /// its defence
     #[arg(long, value_name = "THREAT", value_parser = parse_kind)]
     threat: ThreatKind,
+    /// The size of the pictures, on a Qwen-VL alone: 448 (the default) or 448x336, height and width
+    #[arg(long, value_name = "SIZE")]
+    size: Option<Size>,
     #[command(flatten)]
     flags: RunFlags,
 }
@@ -46,6 +52,19 @@ fn names() -> String {
 
 impl AttackCommand {
     pub fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
+        let options = &self.flags.model;
+        let model = ModelOptions { model: with_text(&options.model), ..options.clone() }.find()?;
+        if attack_features::wanted(&model) {
+            let asked = attack_features::Asked {
+                attack: &self.attack,
+                eps: self.eps,
+                threat: self.threat,
+                size: self.size,
+                flags: &self.flags,
+            };
+            return asked.run(global, &model);
+        }
+        super::options::sizes(&model, self.size.as_slice())?;
         let what = What {
             attacks: vec![self.attack],
             eps: self.eps,

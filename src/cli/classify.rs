@@ -68,9 +68,9 @@ pub struct RunFlags {
     pub shard: Option<(usize, usize)>,
     /// Pictures worked on together: what a kill loses. The figures do not depend on it
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..))]
-    batch: u64,
+    pub batch: u64,
     #[command(flatten)]
-    limits: PictureLimits,
+    pub limits: PictureLimits,
 }
 
 fn parse_shard(text: &str) -> Result<(usize, usize), String> {
@@ -142,6 +142,31 @@ impl RunFlags {
             return Err(argument("--early-stop", expected, "--threat transfer or both").into());
         }
         Ok(settings)
+    }
+
+    /// That none of the flags is given that an attack on features has no use for.
+    ///
+    /// # Errors
+    /// If one is.
+    pub fn check_features(&self) -> radapt::Result<()> {
+        let given = [
+            ("--surrogate", self.surrogate.is_some()),
+            ("--native-size", self.native_size),
+            ("--restarts", self.restarts.is_some()),
+            ("--targets", self.targets.is_some()),
+            ("--queries", self.queries.is_some()),
+            ("--early-stop", self.early_stop),
+            ("--shard", self.shard.is_some()),
+        ];
+        match given.iter().find(|(_, given)| *given) {
+            Some((flag, _)) => Err(argument(flag, "a model with a text side to go with it", "none")),
+            None => Ok(()),
+        }
+    }
+
+    /// What is changed of an attack on features.
+    pub fn feature_settings(&self) -> Settings {
+        Settings { steps: self.steps, ..Settings::default() }
     }
 
     /// Whether a run of this could begin: its attacks, its data, its prompts.
@@ -337,7 +362,7 @@ impl Towers {
 }
 
 /// `none`, `gif`, `fra` or `gif+fra`.
-fn short_name(defense: &Defense) -> String {
+pub fn short_name(defense: &Defense) -> String {
     match (&defense.gif, &defense.fra) {
         (None, None) => "none",
         (Some(_), None) => "gif",

@@ -8,6 +8,7 @@ mod anchor_export;
 mod anchor_guide;
 mod anchor_train;
 mod attack;
+mod attack_features;
 mod bench;
 #[cfg(feature = "engine")]
 mod chat;

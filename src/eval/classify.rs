@@ -468,18 +468,10 @@ impl Group<'_> {
         rows: &[usize],
         lines: &[ItemLine],
     ) -> Result<()> {
-        let eps = plan.eps.to_string().replace('/', "of");
-        let folder =
-            self.folder.join("pictures").join(safe(&plan.name)).join(eps).join(format!("crafted-on-{on}"));
+        let folder = pictures_folder(self.folder, &plan.name, plan.eps, on);
         for &row in rows {
             let line = &lines[self.members[row]];
-            let path = folder.join(file_name(&line.id));
-            let parent = path.parent().unwrap_or(&folder);
-            std::fs::create_dir_all(parent).map_err(|e| Error::write(parent, e))?;
-            let picture = rgb_from_pixels(&made.pixels().get(row)?)?;
-            picture
-                .save_with_format(&path, image::ImageFormat::Png)
-                .map_err(|e| Error::write(&path, std::io::Error::other(e)))?;
+            save_picture(&made.pixels().get(row)?, &folder, &line.id)?;
         }
         Ok(())
     }
@@ -523,6 +515,22 @@ impl Group<'_> {
         });
         Ok(items.collect())
     }
+}
+
+/// Where a run's adversarial pictures are: `pictures/ATTACK/EPS/crafted-on-DEFENCE`.
+pub(super) fn pictures_folder(run: &Path, attack: &str, eps: Eps, on: &str) -> PathBuf {
+    let eps = eps.to_string().replace('/', "of");
+    run.join("pictures").join(safe(attack)).join(eps).join(format!("crafted-on-{on}"))
+}
+
+/// Writes pixels `(3, H, W)`, rounded to 8 bits, as `FOLDER/ID.png`.
+pub(super) fn save_picture(pixels: &Tensor, folder: &Path, id: &str) -> Result<()> {
+    let path = folder.join(file_name(id));
+    let parent = path.parent().unwrap_or(folder);
+    std::fs::create_dir_all(parent).map_err(|e| Error::write(parent, e))?;
+    rgb_from_pixels(pixels)?
+        .save_with_format(&path, image::ImageFormat::Png)
+        .map_err(|e| Error::write(&path, std::io::Error::other(e)))
 }
 
 /// What every file system takes as a name.

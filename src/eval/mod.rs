@@ -1,6 +1,7 @@
 //! Scoring: figures with their counts, intervals and threat models.
 
 pub mod classify;
+pub mod features;
 pub mod report;
 mod row;
 pub mod run;

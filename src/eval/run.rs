@@ -4,8 +4,10 @@
 use std::collections::HashSet;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
+use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -123,7 +125,25 @@ fn differences(path: &str, expected: &Value, found: &Value, all: &mut Vec<String
     }
 }
 
-/// One line of `items.jsonl`: all that is known of an item, enough to compute every figure again.
+/// A line of `items.jsonl`: all that is known of an item, enough to compute every figure again.
+pub trait Line: Serialize + DeserializeOwned {
+    /// The item's place in the data set, before any subset or shard.
+    fn index(&self) -> usize;
+    /// The item's name.
+    fn id(&self) -> &str;
+}
+
+impl Line for ItemLine {
+    fn index(&self) -> usize {
+        self.index
+    }
+
+    fn id(&self) -> &str {
+        &self.id
+    }
+}
+
+/// The line of a classification.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ItemLine {
     /// Its place in the data set, before any subset or shard.
@@ -257,16 +277,17 @@ pub(crate) fn claim(folder: &Path, manifest: &Manifest, resume: bool) -> Result<
 /// `run.json` says what the run is, `items.jsonl` has a line per item, appended and synced in
 /// batches; a process that is killed loses its last batch at most.
 #[derive(Debug)]
-pub struct Run {
+pub struct Run<L = ItemLine> {
     folder: PathBuf,
     manifest: Manifest,
     items: File,
     done: HashSet<usize>,
     /// Held while this lives.
     _lock: File,
+    line: PhantomData<fn() -> L>,
 }
 
-impl Run {
+impl<L: Line> Run<L> {
     /// Begins a run in `folder`, or, with `resume`, goes on with the one that is there.
     ///
     /// # Errors
@@ -281,8 +302,8 @@ impl Run {
             .create(true)
             .open(&path)
             .map_err(|e| Error::write(&path, e))?;
-        let done = whole_lines(&mut items, &path)?;
-        Ok(Self { folder: folder.to_path_buf(), manifest, items, done, _lock: lock })
+        let done = whole_lines::<L>(&mut items, &path)?;
+        Ok(Self { folder: folder.to_path_buf(), manifest, items, done, _lock: lock, line: PhantomData })
     }
 
     /// What it is.
@@ -309,7 +330,7 @@ impl Run {
     ///
     /// # Errors
     /// If they cannot be written.
-    pub fn append(&mut self, lines: &[ItemLine]) -> Result<()> {
+    pub fn append(&mut self, lines: &[L]) -> Result<()> {
         let path = self.folder.join(ITEMS);
         let mut text = String::new();
         for line in lines {
@@ -318,7 +339,7 @@ impl Run {
         }
         self.items.write_all(text.as_bytes()).map_err(|e| Error::write(&path, e))?;
         self.items.sync_data().map_err(|e| Error::write(&path, e))?;
-        self.done.extend(lines.iter().map(|line| line.index));
+        self.done.extend(lines.iter().map(L::index));
         Ok(())
     }
 
@@ -326,7 +347,7 @@ impl Run {
     ///
     /// # Errors
     /// If the file cannot be opened; each line if it is damaged.
-    pub fn lines(&self) -> Result<impl Iterator<Item = Result<ItemLine>> + use<>> {
+    pub fn lines(&self) -> Result<impl Iterator<Item = Result<L>> + use<L>> {
         lines(&self.folder)
     }
 }
@@ -335,7 +356,7 @@ impl Run {
 ///
 /// # Errors
 /// If the file cannot be opened; each line if it is damaged.
-pub fn lines(folder: &Path) -> Result<impl Iterator<Item = Result<ItemLine>> + use<>> {
+pub fn lines<L: Line>(folder: &Path) -> Result<impl Iterator<Item = Result<L>> + use<L>> {
     let path = folder.join(ITEMS);
     let file = File::open(&path).map_err(|e| Error::read(&path, e))?;
     Ok(BufReader::new(file).lines().enumerate().map(move |(i, line)| {
@@ -344,13 +365,13 @@ pub fn lines(folder: &Path) -> Result<impl Iterator<Item = Result<ItemLine>> + u
     }))
 }
 
-fn parse(line: &str, number: usize, path: &Path) -> Result<ItemLine> {
+fn parse<L: Line>(line: &str, number: usize, path: &Path) -> Result<L> {
     serde_json::from_str(line).map_err(|e| Error::config(path, format!("line {number}: {e}")))
 }
 
 /// The indices of the items in the file. A last line that was cut off is dropped, from the file as
 /// well.
-fn whole_lines(file: &mut File, path: &Path) -> Result<HashSet<usize>> {
+fn whole_lines<L: Line>(file: &mut File, path: &Path) -> Result<HashSet<usize>> {
     let mut done = HashSet::new();
     let read = |e| Error::read(path, e);
     file.seek(SeekFrom::Start(0)).map_err(read)?;
@@ -362,9 +383,10 @@ fn whole_lines(file: &mut File, path: &Path) -> Result<HashSet<usize>> {
             break;
         }
         let text = String::from_utf8_lossy(&line);
-        let item = parse(text.trim_end(), number, path)?;
-        if !done.insert(item.index) {
-            return Err(Error::config(path, format!("line {number}: item {} a second time", item.index)));
+        let item: L = parse(text.trim_end(), number, path)?;
+        let index = item.index();
+        if !done.insert(index) {
+            return Err(Error::config(path, format!("line {number}: item {index} a second time")));
         }
         whole += line.len() as u64;
         line.clear();
@@ -391,7 +413,7 @@ pub(crate) fn write_whole(path: &Path, value: &impl Serialize) -> Result<()> {
 /// # Errors
 /// If they are not of one run, one is missing, comes twice or is not complete, an item is in two
 /// of them, or `out` holds something already.
-pub fn merge(shards: &[PathBuf], out: &Path) -> Result<Run> {
+pub fn merge<L: Line>(shards: &[PathBuf], out: &Path) -> Result<Run<L>> {
     let mut manifests = Vec::new();
     for folder in shards {
         manifests.push((folder, Manifest::read(folder)?));
@@ -430,7 +452,7 @@ pub fn merge(shards: &[PathBuf], out: &Path) -> Result<Run> {
             format!("none that is {}/{of}", missing + 1),
         ));
     }
-    let mut all: Vec<ItemLine> = Vec::new();
+    let mut all: Vec<L> = Vec::new();
     for (folder, manifest) in &manifests {
         let found = lines(folder)?.collect::<Result<Vec<_>>>()?;
         if found.len() != manifest.items {
@@ -439,9 +461,9 @@ pub fn merge(shards: &[PathBuf], out: &Path) -> Result<Run> {
         }
         all.extend(found);
     }
-    all.sort_by_key(|line| line.index);
-    if let Some(pair) = all.windows(2).find(|pair| pair[0].index == pair[1].index) {
-        return Err(Error::argument("runs", "every item once", format!("`{}` in two shards", pair[0].id)));
+    all.sort_by_key(L::index);
+    if let Some(pair) = all.windows(2).find(|pair| pair[0].index() == pair[1].index()) {
+        return Err(Error::argument("runs", "every item once", format!("`{}` in two shards", pair[0].id())));
     }
     let expected = first.decides.pointer("/dataset/items").and_then(Value::as_u64);
     if let Some(expected) = expected.filter(|&expected| expected != all.len() as u64) {
@@ -460,6 +482,8 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    type Run = super::Run<ItemLine>;
 
     fn line(index: usize) -> ItemLine {
         let clean = vec![Prediction { defense: "none".into(), class: 1 }];
@@ -533,7 +557,7 @@ mod tests {
         let out = folder.path().join("out");
         let refused = |runs: &[&PathBuf], end: &str| {
             let runs: Vec<PathBuf> = runs.iter().map(|path| path.to_path_buf()).collect();
-            let error = merge(&runs, &folder.path().join("never")).unwrap_err().to_string();
+            let error = merge::<ItemLine>(&runs, &folder.path().join("never")).unwrap_err().to_string();
             assert!(error.contains(end), "{error}");
         };
         refused(&[&one], "expected all 2 shards, found none that is 2/2");
@@ -543,7 +567,7 @@ mod tests {
         refused(&[&one, &shard("less", 0, (2, 2), &[1], 2)], "not complete: 1 of 2 items");
         refused(&[&one, &shard("twice", 0, (2, 2), &[3], 1)], "`3` in two shards");
         refused(&[&one, &shard("none", 0, (2, 2), &[], 0)], "expected 4 items, found 2");
-        let run = merge(&[two, one], &out).unwrap();
+        let run = merge::<ItemLine>(&[two, one], &out).unwrap();
         let found: Vec<usize> = run.lines().unwrap().map(|line| line.unwrap().index).collect();
         assert_eq!(found, [0, 1, 2, 3]);
         assert_eq!((run.manifest().items, run.manifest().shard), (4, None));

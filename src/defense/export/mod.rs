@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use super::{Anchor, built_in};
+use crate::image::Contract;
 use crate::{Error, Result};
 
 const CORE: &str = include_str!("core.py");
@@ -92,7 +93,11 @@ pub fn write(anchor: &Path, host: Host, folder: &Path, replace: bool) -> Result<
     let bytes = match anchor.to_str().and_then(built_in::bytes) {
         Some(bytes) => bytes.to_vec(),
         None => {
-            Anchor::load(anchor)?;
+            if Anchor::load(anchor)?.meta.contract == Contract::Qwen {
+                // The hooks know CLIP's tower, whose tokens are one grid in one order.
+                let found = "one of a Qwen-VL's (contract qwen)";
+                return Err(Error::argument("anchor", "one of a CLIP tower", found));
+            }
             std::fs::read(anchor).map_err(|e| Error::read(anchor, e))?
         }
     };
