@@ -9,6 +9,7 @@
 // Upstream code is linted by upstream.
 #![allow(warnings, clippy::all)]
 
+mod qwen_vl;
 pub mod vision_tower;
 
 include!(concat!(env!("OUT_DIR"), "/mistralrs-core-0.8.1/src/lib.rs"));

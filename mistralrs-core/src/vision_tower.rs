@@ -23,7 +23,8 @@ use crate::vision_models::clip::ClipVisionTransformer;
 
 /// What a model says of the tower it is about to need.
 pub struct TowerRequest<'a> {
-    /// The asking model: `llava` or `llava_next`.
+    /// The asking model: `llava`, `llava_next`, `qwen2_vl`, `qwen2_5_vl`, `qwen3_vl` or
+    /// `qwen3_vl_moe`.
     pub family: &'static str,
     /// The text of the model's `config.json`.
     pub config: &'a str,
@@ -33,7 +34,8 @@ pub struct TowerRequest<'a> {
 
 /// What a tower makes of its pictures.
 pub struct Encoded {
-    /// The image tokens the projector takes: `(pictures, tokens, hidden)`.
+    /// The image tokens the projector takes, `(pictures, tokens, hidden)`, or for Qwen-VL those
+    /// the language model takes, `(tokens, hidden)`.
     pub embeddings: Tensor,
     /// Features for the early blocks of the language model (Qwen3-VL's DeepStack), else empty.
     pub deepstack: Vec<Tensor>,
@@ -42,8 +44,10 @@ pub struct Encoded {
 /// A vision tower built outside this crate.
 pub trait SuppliedTower: Send + Sync {
     /// Encodes pictures as the model's input processor prepared them, always in f32:
-    /// `(pictures, 3, height, width)` for LLaVA. `grid` is `(pictures, 3)` of time, height and
-    /// width in patches where the model has one.
+    /// `(pictures, 3, height, width)` for LLaVA, the patches of all pictures one after the other
+    /// for Qwen-VL, `(t * h * w, channels * temporal * patch * patch)` in the order transformers
+    /// has them in. `grid` is `(pictures, 3)` of time, height and width in patches where the model
+    /// has one.
     fn encode(&self, pixels: &Tensor, grid: Option<&Tensor>) -> Result<Encoded>;
 
     /// Mixed into the keys of the encoder cache: another value for another output.
@@ -75,9 +79,31 @@ pub trait VisionTowerSupplier: Send + Sync {
 }
 
 /// A model's tower: the embedder's or upstream's, never both.
-pub(crate) enum VisionTower {
+pub(crate) enum VisionTower<T = ClipVisionTransformer> {
     Supplied(Arc<dyn SuppliedTower>),
-    Upstream(ClipVisionTransformer),
+    Upstream(T),
+}
+
+impl<T> VisionTower<T> {
+    /// The embedder's tower if one is registered, else what `upstream` builds.
+    pub(crate) fn new(
+        family: &'static str,
+        weights: &ShardedVarBuilder,
+        upstream: impl FnOnce() -> Result<T>,
+    ) -> Result<Self> {
+        Ok(match supplied(family, weights)? {
+            Some(tower) => Self::Supplied(tower),
+            None => Self::Upstream(upstream()?),
+        })
+    }
+
+    /// What keys of the encoder cache are mixed with.
+    pub(crate) fn cache_salt(&self) -> u64 {
+        match self {
+            Self::Supplied(tower) => tower.cache_salt(),
+            Self::Upstream(_) => 0,
+        }
+    }
 }
 
 struct Registration {

@@ -8,6 +8,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
+use super::qwen;
 use crate::model::{Model, ModelKind};
 use crate::{Error, Result};
 
@@ -22,10 +23,11 @@ pub fn stage(model: &Model, config: &Value) -> Result<TempDir> {
         std::fs::write(&path, value.to_string()).map_err(|e| Error::write(&path, e))
     };
     write("config.json", config)?;
-    let size = model.tower_config()?.image_size;
-    write(
-        "preprocessor_config.json",
-        &json!({
+    let preprocessor = if model.kind.is_qwen() {
+        qwen::preprocessor(config)
+    } else {
+        let size = model.tower_config()?.image_size;
+        json!({
             // LLaVA-1.5's pictures come prepared. LLaVA-NeXT's are cut into tiles by the engine.
             "do_resize": model.kind == ModelKind::LlavaNext,
             "do_center_crop": model.kind == ModelKind::LlavaNext,
@@ -35,8 +37,9 @@ pub fn stage(model: &Model, config: &Value) -> Result<TempDir> {
             "resample": 3,
             "size": { "shortest_edge": size },
             "crop_size": { "height": size, "width": size },
-        }),
-    )?;
+        })
+    };
+    write("preprocessor_config.json", &preprocessor)?;
     Ok(folder)
 }
 
@@ -46,6 +49,9 @@ pub fn stage(model: &Model, config: &Value) -> Result<TempDir> {
 /// # Errors
 /// If the model needs something the engine would silently get wrong.
 pub fn translate(model: &Model) -> Result<Value> {
+    if model.kind.is_qwen() {
+        return qwen::translate(model);
+    }
     let path = model.file("config.json");
     let fail = |reason: String| Error::config(&path, reason);
     let mut config = model.config.as_object().cloned().unwrap_or_default();
@@ -83,7 +89,13 @@ pub fn translate(model: &Model) -> Result<Value> {
 }
 
 /// Ten times the largest number in any model's configuration; what is larger is a mistake.
-const MAX_SIZE: u64 = 1 << 24;
+pub(super) const MAX_SIZE: u64 = 1 << 24;
+
+/// An object's entries that say something; mistral.rs does not take `null` for an absent one.
+pub(super) fn without_nulls(object: Option<&Map<String, Value>>) -> Map<String, Value> {
+    let entries = object.into_iter().flatten().filter(|(_, value)| !value.is_null());
+    entries.map(|(key, value)| (key.clone(), value.clone())).collect()
+}
 
 /// transformers' defaults of `LlamaConfig` and `MistralConfig`, which old LLaVA files rely on.
 fn translate_text(mut text: Map<String, Value>, path: &Path) -> Result<Map<String, Value>> {

@@ -12,7 +12,7 @@ use mistralrs_core::{
 use serde_json::{Value, json};
 use tokio::sync::mpsc::{Receiver, channel};
 
-use super::Engine;
+use super::{Engine, qwen};
 use crate::{Error, Result};
 
 /// Who says something.
@@ -187,11 +187,12 @@ impl Engine {
         record: Option<Arc<Mutex<Recorded>>>,
     ) -> Result<Receiver<Response>> {
         // The marker stands for a picture; as text it would be taken for one.
-        if turns.iter().any(|turn| turn.text.contains("<image>")) {
-            return Err(Error::Conversation("the text may not contain `<image>`".into()));
+        let markers = if self.model().kind.is_qwen() { &qwen::MARKERS[..] } else { &["<image>"] };
+        if let Some(marker) = markers.iter().find(|&&m| turns.iter().any(|turn| turn.text.contains(m))) {
+            return Err(Error::Conversation(format!("the text may not contain `{marker}`")));
         }
-        let pictures: Vec<DynamicImage> =
-            turns.iter().flat_map(|turn| &turn.images).map(|image| self.prepare(image)).collect();
+        let images = turns.iter().flat_map(|turn| &turn.images);
+        let pictures: Vec<DynamicImage> = images.map(|image| self.prepare(image)).collect::<Result<_>>()?;
         if let Some(most) = self.max_pictures().filter(|&most| pictures.len() > most) {
             return Err(Error::argument(
                 "pictures",
@@ -248,12 +249,16 @@ impl Engine {
         Ok(responses)
     }
 
-    fn prepare(&self, picture: &RgbImage) -> DynamicImage {
-        match self.max_pictures() {
+    fn prepare(&self, picture: &RgbImage) -> Result<DynamicImage> {
+        Ok(match self.max_pictures() {
             // Tiled models cut the picture themselves.
             Some(_) => picture.clone().into(),
-            None => self.preprocess().prepare(picture).into(),
-        }
+            None => {
+                // What the contract does not take.
+                self.preprocess().size_of(picture.height(), picture.width())?;
+                self.preprocess().prepare(picture).into()
+            }
+        })
     }
 }
 

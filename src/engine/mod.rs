@@ -6,6 +6,7 @@
 
 mod config;
 mod generate;
+mod qwen;
 mod tower;
 mod weights;
 
@@ -70,7 +71,7 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Loads a LLaVA with its defence.
+    /// Loads a LLaVA or Qwen-VL with its defence.
     ///
     /// # Errors
     /// If a file is missing or wrong, the model is of another kind, or the anchor does not fit.
@@ -123,16 +124,14 @@ fn load(model: Model, options: EngineOptions) -> Result<Loaded> {
     let kind = match model.kind {
         ModelKind::Llava => MultimodalLoaderType::LLaVA,
         ModelKind::LlavaNext => MultimodalLoaderType::LLaVANext,
+        ModelKind::Qwen2Vl => MultimodalLoaderType::Qwen2VL,
+        ModelKind::Qwen2_5Vl => MultimodalLoaderType::Qwen2_5VL,
+        ModelKind::Qwen3Vl => MultimodalLoaderType::Qwen3VL,
+        ModelKind::Qwen3VlMoe => MultimodalLoaderType::Qwen3VLMoE,
         ModelKind::Clip => {
             return Err(Error::Model {
                 model: model.name,
-                reason: "is a CLIP without a language model; chat needs a LLaVA".into(),
-            });
-        }
-        ModelKind::Qwen2Vl | ModelKind::Qwen2_5Vl | ModelKind::Qwen3Vl | ModelKind::Qwen3VlMoe => {
-            return Err(Error::Model {
-                model: model.name,
-                reason: "is a Qwen-VL, which chat does not take yet".into(),
+                reason: "is a CLIP without a language model; chat needs a LLaVA or Qwen-VL".into(),
             });
         }
     };
@@ -206,13 +205,7 @@ fn load(model: Model, options: EngineOptions) -> Result<Loaded> {
     let Some(defense) = supplier.take_defense() else {
         return Err(Error::Engine("mistral.rs did not ask for the vision tower".into()));
     };
-    Ok(Loaded {
-        pipeline,
-        model,
-        preprocess,
-        defense: defense.summary(),
-        max_sequences: options.max_sequences,
-    })
+    Ok(Loaded { pipeline, model, preprocess, defense, max_sequences: options.max_sequences })
 }
 
 fn parse_isq(isq: &str, device: &Device) -> Result<IsqType> {

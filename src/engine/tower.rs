@@ -7,10 +7,11 @@ use mistralrs_core::vision_tower::{Encoded, Resize, SuppliedTower, TowerRequest,
 use mistralrs_quant::ShardedVarBuilder;
 
 use super::weights::upstream_name;
-use crate::defense::{Defense, DefenseOptions};
+use crate::defense::{Defense, DefenseOptions, DefenseSummary};
 use crate::image::{Filter, Preprocess, resize};
 use crate::model::Model;
 use crate::tower::clip::{Clip, ClipConfig, without_class_token};
+use crate::tower::qwen::{Qwen, QwenConfig};
 use crate::tower::weights::{Checkpoint, Weights};
 use crate::tower::{VisionTower, Want};
 use crate::{Error, Result};
@@ -18,16 +19,23 @@ use crate::{Error, Result};
 /// Builds the defended tower of one model.
 pub struct Supplier {
     model: Model,
-    config: ClipConfig,
+    base: Base,
     mean: [f32; 3],
     std: [f32; 3],
     filter: Filter,
     options: DefenseOptions,
-    block: usize,
-    class_token: bool,
     /// Whether the checkpoint's tensors go by other names than mistral.rs looks for.
     renamed: bool,
-    outcome: Mutex<Option<Result<Defense>>>,
+    /// What to say of the defence, `None` for the undefended tower.
+    outcome: Mutex<Option<Result<Option<DefenseSummary>>>>,
+}
+
+/// What kind of tower it is, before anything is put into it.
+enum Base {
+    /// CLIP's, of which the language model reads one block.
+    Clip { config: ClipConfig, block: usize, class_token: bool },
+    /// Qwen-VL's, with its mergers.
+    Qwen(QwenConfig),
 }
 
 impl Supplier {
@@ -37,22 +45,26 @@ impl Supplier {
         checkpoint: &Checkpoint,
         options: DefenseOptions,
     ) -> Result<Self> {
-        let (block, class_token) = model.features()?;
+        let base = if model.kind.is_qwen() {
+            Base::Qwen(model.qwen_config()?)
+        } else {
+            let (block, class_token) = model.features()?;
+            Base::Clip { config: model.tower_config()?, block, class_token }
+        };
+        let renamed = checkpoint.names().iter().any(|name| upstream_name(model.kind, name) != *name);
         Ok(Self {
-            config: model.tower_config()?,
+            base,
             mean: preprocess.mean,
             std: preprocess.std,
             filter: preprocess.filter,
             options,
-            block,
-            class_token,
-            renamed: checkpoint.names().iter().any(|name| upstream_name(name) != *name),
+            renamed,
             outcome: Mutex::new(None),
             model: model.clone(),
         })
     }
 
-    fn take(&self) -> Option<Result<Defense>> {
+    fn take(&self) -> Option<Result<Option<DefenseSummary>>> {
         self.outcome.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
@@ -69,17 +81,31 @@ impl Supplier {
     }
 
     /// The defence that went into the tower, if it was built.
-    pub fn take_defense(&self) -> Option<Defense> {
+    pub fn take_defense(&self) -> Option<Option<DefenseSummary>> {
         self.take().and_then(Result::ok)
     }
 
-    fn build(&self, request: &TowerRequest<'_>) -> Result<(Defended, Defense)> {
+    fn build(&self, request: &TowerRequest<'_>) -> Result<(Arc<dyn SuppliedTower>, Option<DefenseSummary>)> {
         let weights = Engine { weights: request.weights, file: self.model.folder.clone() };
-        let tower = Clip::new(&self.config, &weights, None, self.mean, self.std)?;
-        let defense = self.options.build(&tower, || self.model.fingerprint())?;
-        let tower = tower.with(defense.inserts());
-        let cache_salt = salt(&defense)?;
-        Ok((Defended { tower, block: self.block, class_token: self.class_token, cache_salt }, defense))
+        match &self.base {
+            Base::Clip { config, block, class_token } => {
+                let tower = Clip::new(config, &weights, None, self.mean, self.std)?;
+                let defense = self.options.build(&tower, || self.model.fingerprint())?;
+                let tower = tower.with(defense.inserts());
+                let (block, class_token, cache_salt) = (*block, *class_token, salt(&defense)?);
+                Ok((Arc::new(Defended { tower, block, class_token, cache_salt }), defense.summary()))
+            }
+            Base::Qwen(config) => {
+                let tower = Qwen::new(config, &weights, self.mean, self.std)?;
+                let defense = self.options.for_grids(&tower, || self.model.fingerprint())?;
+                let summary = defense.summary();
+                // At a middling size: what differs between two defences differs there too.
+                let side = 224usize.next_multiple_of(config.factor()) / config.patch;
+                let cache_salt = salt(&defense.at((side, side))?)?;
+                let tower = tower.with_grids(summary.is_some().then(|| Arc::new(defense) as _));
+                Ok((Arc::new(DefendedQwen { tower, cache_salt }), summary))
+            }
+        }
     }
 }
 
@@ -89,7 +115,7 @@ impl VisionTowerSupplier for Supplier {
         match self.build(request) {
             Ok((tower, defense)) => {
                 *outcome = Some(Ok(defense));
-                Ok(Some(Arc::new(tower)))
+                Ok(Some(tower))
             }
             Err(error) => {
                 let text = error.to_string();
@@ -105,7 +131,8 @@ impl VisionTowerSupplier for Supplier {
     }
 
     fn rename(&self) -> Option<Arc<dyn Fn(&str) -> String + Send + Sync>> {
-        self.renamed.then(|| Arc::new(|name: &str| upstream_name(name)) as _)
+        let kind = self.model.kind;
+        self.renamed.then(|| Arc::new(move |name: &str| upstream_name(kind, name)) as _)
     }
 }
 
@@ -159,10 +186,7 @@ impl SuppliedTower for Defended {
             let hidden = if self.class_token { hidden } else { without_class_token(&hidden)? };
             Ok(hidden.to_dtype(self.tower.dtype())?.contiguous()?)
         };
-        let embeddings = encode().map_err(|error| match error {
-            Error::Tensor(error) => error,
-            other => candle_core::Error::Msg(other.to_string()),
-        })?;
+        let embeddings = encode().map_err(candle_error)?;
         Ok(Encoded { embeddings, deepstack: Vec::new() })
     }
 
@@ -172,6 +196,46 @@ impl SuppliedTower for Defended {
 
     fn residual_tensors(&self) -> Vec<(String, Tensor)> {
         self.tower.tensors().unwrap_or_default()
+    }
+}
+
+struct DefendedQwen {
+    tower: Qwen,
+    cache_salt: u64,
+}
+
+impl SuppliedTower for DefendedQwen {
+    /// `pixels` are patches of grey levels divided by 255.
+    fn encode(&self, pixels: &Tensor, grid: Option<&Tensor>) -> candle_core::Result<Encoded> {
+        let encode = || -> Result<Encoded> {
+            let grid = grid.ok_or_else(|| Error::Engine("a Qwen-VL without its pictures' grids".into()))?;
+            let grids: Vec<[usize; 3]> = grid
+                .to_vec2::<u32>()?
+                .iter()
+                .map(|row| match row[..] {
+                    [t, h, w] => Ok([t, h, w].map(|side| side as usize)),
+                    _ => Err(Error::Engine("a picture's grid is of three numbers".into())),
+                })
+                .collect::<Result<_>>()?;
+            let merged = self.tower.encode_patches(&pixels.to_device(self.tower.device())?, &grids)?;
+            Ok(Encoded { embeddings: merged.embeddings, deepstack: merged.deepstack })
+        };
+        encode().map_err(candle_error)
+    }
+
+    fn cache_salt(&self) -> u64 {
+        self.cache_salt
+    }
+
+    fn residual_tensors(&self) -> Vec<(String, Tensor)> {
+        self.tower.tensors().unwrap_or_default()
+    }
+}
+
+fn candle_error(error: Error) -> candle_core::Error {
+    match error {
+        Error::Tensor(error) => error,
+        other => candle_core::Error::Msg(other.to_string()),
     }
 }
 

@@ -4,14 +4,20 @@ use std::collections::HashSet;
 
 use serde_json::Value;
 
+use super::qwen;
 use crate::model::ModelKind;
 use crate::tower::weights::Checkpoint;
 use crate::{Error, Result};
 
-/// The name mistral.rs 0.8.1 looks for, from any of the layouts LLaVA is saved in: transformers 4
-/// (unchanged), transformers 5 in memory (`model.language_model.`, `model.vision_tower.`,
-/// `lm_head.`), and as transformers 5 saves a model it has made (`vision_tower.embeddings.`).
-pub fn upstream_name(stored: &str) -> String {
+/// The name mistral.rs 0.8.1 looks for, from any of the layouts a model is saved in.
+pub fn upstream_name(kind: ModelKind, stored: &str) -> String {
+    if kind.is_qwen() { qwen::upstream_name(kind, stored) } else { llava_name(stored) }
+}
+
+/// LLaVA's: transformers 4 (unchanged), transformers 5 in memory (`model.language_model.`,
+/// `model.vision_tower.`, `lm_head.`), and as transformers 5 saves a model it has made
+/// (`vision_tower.embeddings.`).
+fn llava_name(stored: &str) -> String {
     const PARTS: [&str; 4] = ["vision_tower.", "multi_modal_projector.", "language_model.", "image_newline"];
     let bare = stored.strip_prefix("model.").filter(|rest| PARTS.iter().any(|part| rest.starts_with(part)));
     let name = match bare {
@@ -34,9 +40,12 @@ pub fn upstream_name(stored: &str) -> String {
 /// `config` is the translated one, with every number spelt out.
 ///
 /// # Errors
-/// [`Error::MissingWeight`] for the first that is not there.
+/// [`Error::MissingWeight`] for the first that is not there; as [`qwen::check`].
 pub fn check(checkpoint: &Checkpoint, kind: ModelKind, config: &Value) -> Result<()> {
-    let names: HashSet<String> = checkpoint.names().iter().map(|name| upstream_name(name)).collect();
+    if kind.is_qwen() {
+        return qwen::check(checkpoint, kind, config);
+    }
+    let names: HashSet<String> = checkpoint.names().iter().map(|name| llava_name(name)).collect();
     let mut needed: Vec<String> = ["linear_1", "linear_2"]
         .iter()
         .flat_map(|layer| ["weight", "bias"].map(|part| format!("multi_modal_projector.{layer}.{part}")))
