@@ -427,3 +427,126 @@ fn defended_models_answer() {
         }
     });
 }
+
+/// mistral.rs' own towers, with the merger's activation mended, and ours: the same answers.
+#[test]
+fn upstreams_towers_and_ours_agree() {
+    runtime().block_on(async {
+        for name in FAMILIES {
+            let found =
+                Model::find(&family(name).display().to_string(), &Lookup::default()).expect("a model");
+            let none = DefenseOptions { anchor: AnchorChoice::None, ..Default::default() };
+            let options =
+                EngineOptions { upstream_tower: true, defense: none, ..EngineOptions::new(Device::Cpu) };
+            let upstream = Engine::load(found.clone(), options).await.expect("a loaded model");
+            let ours = load(&family(name)).await;
+            let mut worst = 0f32;
+            for case in cases(name) {
+                let turns = turns(&case);
+                worst = worst.max(apart(&upstream, &ours, &turns).await);
+                let [a, b] = [&upstream, &ours].map(|engine| engine.answer(&turns, &sampling(8)));
+                let (a, b) = (a.await.expect("an answer"), b.await.expect("an answer"));
+                assert_eq!(a.tokens, b.tokens, "{name}");
+            }
+            println!("{name}: first logits within {worst:.1e} of those with mistral.rs' own tower");
+            assert!(worst <= 1e-4, "{name}: {worst}");
+            let defended = EngineOptions { upstream_tower: true, ..EngineOptions::new(Device::Cpu) };
+            assert!(matches!(Engine::load(found, defended).await, Err(Error::Argument { .. })));
+        }
+    });
+}
+
+/// The command and the server answer as the library does, undefended and defended.
+#[test]
+fn chat_and_serve_answer_for_every_family() {
+    use std::io::{BufRead, BufReader, Read, Write};
+    use std::process::{Command, Stdio};
+
+    use base64::Engine as _;
+
+    let binary = env!("CARGO_BIN_EXE_radapt");
+    let picture = path("qwen_chat/pictures/wide.png");
+    let other = path("qwen_chat/pictures/tall.png");
+    let url = |path: &Path| {
+        let bytes = std::fs::read(path).expect("a picture");
+        format!("data:image/png;base64,{}", base64::engine::general_purpose::STANDARD.encode(bytes))
+    };
+    for name in FAMILIES {
+        let folder = family(name);
+        let model = folder.to_str().expect("a name");
+        let mut seen = Vec::new();
+        for anchor in ["none", "training-free"] {
+            let output = Command::new(binary)
+                .args(["chat", "--model", model, "--anchor", anchor, "--max-tokens", "8", "--json"])
+                .args([
+                    "--image",
+                    picture.to_str().expect("a name"),
+                    "--image",
+                    other.to_str().expect("a name"),
+                ])
+                .arg("what is it ?")
+                .output()
+                .expect("a process");
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "{name} {anchor}: {stderr}");
+            let said: Value = serde_json::from_slice(&output.stdout).expect("json");
+            assert_eq!(said["defense"].is_null(), anchor == "none");
+            assert_eq!(said["contract"], "qwen");
+            let logprobs = said["logprobs"].clone();
+            assert_eq!(said["tokens"].as_array().map(Vec::is_empty), Some(false), "{said}");
+
+            let mut server = Command::new(binary)
+                .args(["serve", "--model", model, "--anchor", anchor, "--addr", "127.0.0.1:0", "--json"])
+                .stdout(Stdio::piped())
+                .spawn()
+                .expect("a server");
+            let mut line = String::new();
+            let stdout = server.stdout.take().expect("its first line");
+            BufReader::new(stdout).read_line(&mut line).expect("its first line");
+            let started: Value = serde_json::from_str(&line).expect("json");
+            let address = started["address"].as_str().expect("an address").to_string();
+            let content = json!([
+                { "type": "image_url", "image_url": { "url": url(&picture) } },
+                { "type": "image_url", "image_url": { "url": url(&other) } },
+                { "type": "text", "text": "what is it ?" },
+            ]);
+            let body = json!({
+                "model": "any",
+                "messages": [{ "role": "user", "content": content }],
+                "max_tokens": 8, "temperature": 0,
+            });
+            let ask = |body: String, address: String| {
+                let mut socket = std::net::TcpStream::connect(address).expect("a socket");
+                let length = body.len();
+                let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n";
+                write!(
+                    socket,
+                    "{head}content-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
+                )
+                .expect("a request");
+                let mut text = String::new();
+                socket.read_to_string(&mut text).expect("a response");
+                let json = text.split("\r\n\r\n").nth(1).expect("a body").to_string();
+                let start = json.find('{').expect("json");
+                let end = json.rfind('}').expect("json");
+                serde_json::from_str::<Value>(&json[start..=end]).expect("json")
+            };
+            // Several at once have the one answer.
+            let threads: Vec<_> = (0..3)
+                .map(|_| {
+                    let (body, address) = (body.to_string(), address.clone());
+                    std::thread::spawn(move || ask(body, address))
+                })
+                .collect();
+            for thread in threads {
+                let found = thread.join().expect("an answer");
+                let text = found["choices"][0]["message"]["content"].as_str();
+                assert_eq!(text, said["answer"].as_str(), "{name} {anchor}: {found}");
+            }
+            server.kill().expect("its end");
+            server.wait().expect("its end");
+            seen.push(logprobs);
+        }
+        assert_ne!(seen[0], seen[1], "{name}: the defence has an effect");
+    }
+}

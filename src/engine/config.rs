@@ -9,14 +9,16 @@ use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
 use super::qwen;
+use crate::image::Preprocess;
 use crate::model::{Model, ModelKind};
 use crate::{Error, Result};
 
-/// Writes `config.json`, as [`translate`] makes it, and `preprocessor_config.json` for the engine.
+/// Writes `config.json`, as [`translate`] makes it, and `preprocessor_config.json` for the engine; for
+/// mistral.rs' own tower, which takes pictures normalised, with how that is done.
 ///
 /// # Errors
 /// If the folder for temporary files cannot be written to.
-pub fn stage(model: &Model, config: &Value) -> Result<TempDir> {
+pub fn stage(model: &Model, config: &Value, upstream: Option<&Preprocess>) -> Result<TempDir> {
     let folder = tempfile::tempdir().map_err(|e| Error::write(std::env::temp_dir(), e))?;
     let write = |name: &str, value: &Value| {
         let path = folder.path().join(name);
@@ -24,7 +26,7 @@ pub fn stage(model: &Model, config: &Value) -> Result<TempDir> {
     };
     write("config.json", config)?;
     let preprocessor = if model.kind.is_qwen() {
-        qwen::preprocessor(config)
+        qwen::preprocessor(config, upstream)
     } else {
         let size = model.tower_config()?.image_size;
         json!({

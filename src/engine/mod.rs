@@ -24,7 +24,7 @@ use mistralrs_core::{
     MultimodalSpecificConfig, Pipeline, SchedulerConfig,
 };
 
-use crate::defense::{DefenseOptions, DefenseSummary};
+use crate::defense::{AnchorChoice, DefenseOptions, DefenseSummary};
 use crate::image::{Contract, Preprocess};
 use crate::model::{Model, ModelKind};
 use crate::{Error, Result};
@@ -45,6 +45,9 @@ pub struct EngineOptions {
     pub device: Device,
     /// How many sequences are generated at once.
     pub max_sequences: NonZeroUsize,
+    /// mistral.rs' own vision tower in place of ours, undefended, to compare with; of a Qwen-VL in
+    /// the published key layout alone.
+    pub upstream_tower: bool,
 }
 
 impl EngineOptions {
@@ -58,6 +61,7 @@ impl EngineOptions {
             isq: None,
             device,
             max_sequences,
+            upstream_tower: false,
         }
     }
 }
@@ -135,6 +139,11 @@ fn load(model: Model, options: EngineOptions) -> Result<Loaded> {
             });
         }
     };
+    let upstream = options.upstream_tower;
+    if upstream && (!model.kind.is_qwen() || options.defense.anchor != AnchorChoice::None) {
+        let found = format!("`{}` with anchor {:?}", model.name, options.defense.anchor);
+        return Err(Error::argument("mistral.rs' own tower", "an undefended Qwen-VL", found));
+    }
     let preprocess = model.preprocess(options.contract)?;
     let checkpoint = model.checkpoint()?;
     // mistral.rs would read anything else by candle's means.
@@ -144,7 +153,7 @@ fn load(model: Model, options: EngineOptions) -> Result<Loaded> {
     let isq = options.isq.as_deref().map(|isq| parse_isq(isq, &options.device)).transpose()?;
     let config = config::translate(&model)?;
     weights::check(&checkpoint, model.kind, &config)?;
-    let staged = config::stage(&model, &config)?;
+    let staged = config::stage(&model, &config, upstream.then_some(&preprocess))?;
     let supplier = Arc::new(Supplier::new(&model, &preprocess, &checkpoint, options.defense)?);
     let paths: Box<dyn ModelPaths> = Box::new(LocalModelPaths {
         tokenizer_filename: needed(&model, "tokenizer.json")?,
@@ -177,15 +186,15 @@ fn load(model: Model, options: EngineOptions) -> Result<Loaded> {
     } else {
         DeviceMapSetting::Auto(AutoDeviceMapParams::default_multimodal())
     };
-    let loader = MultimodalLoaderBuilder::new(
+    let builder = MultimodalLoaderBuilder::new(
         MultimodalSpecificConfig::default(),
         None,
         None,
         Some(model.name.clone()),
         None,
-    )
-    .with_vision_tower(supplier.clone())
-    .build(Some(kind));
+    );
+    let builder = if upstream { builder } else { builder.with_vision_tower(supplier.clone()) };
+    let loader = builder.build(Some(kind));
     let load = || loader.load_model_from_path(&paths, &dtype, &options.device, true, mapping, isq, None);
     // Upstream unwraps in places where a file is not what it expects.
     let loaded = std::panic::catch_unwind(AssertUnwindSafe(load));
@@ -202,8 +211,10 @@ fn load(model: Model, options: EngineOptions) -> Result<Loaded> {
             )));
         }
     };
-    let Some(defense) = supplier.take_defense() else {
-        return Err(Error::Engine("mistral.rs did not ask for the vision tower".into()));
+    let defense = match supplier.take_defense() {
+        Some(defense) => defense,
+        None if upstream => None,
+        None => return Err(Error::Engine("mistral.rs did not ask for the vision tower".into())),
     };
     Ok(Loaded { pipeline, model, preprocess, defense, max_sequences: options.max_sequences })
 }

@@ -6,6 +6,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::config::{MAX_SIZE, without_nulls};
+use crate::image::Preprocess;
 use crate::model::{Model, ModelKind};
 use crate::tower::qwen::QwenConfig;
 use crate::tower::weights::Checkpoint;
@@ -258,13 +259,15 @@ fn translate_text(
 }
 
 /// `preprocessor_config.json` for the engine. Pictures come resized, and the tower normalises them
-/// itself: what it is given are grey levels divided by 255.
-pub fn preprocessor(config: &Value) -> Value {
+/// itself: what it is given are grey levels divided by 255. mistral.rs' own takes them normalised.
+pub fn preprocessor(config: &Value, upstream: Option<&Preprocess>) -> Value {
     let vision = &config["vision_config"];
     json!({
         "do_resize": false,
         "do_rescale": true,
-        "do_normalize": false,
+        "do_normalize": upstream.is_some(),
+        "image_mean": upstream.map(|preprocess| preprocess.mean),
+        "image_std": upstream.map(|preprocess| preprocess.std),
         "patch_size": vision["patch_size"],
         "merge_size": vision["spatial_merge_size"],
         "temporal_patch_size": vision["temporal_patch_size"],

@@ -146,7 +146,7 @@ pub enum Gate {
 }
 
 /// 2 sqrt(2 / pi)
-const TANH_SCALE: f32 = 1.595_769_1;
+const TANH_SCALE: f32 = 1.595_769;
 const TANH_CUBIC: f32 = 0.044_715;
 
 impl Gate {

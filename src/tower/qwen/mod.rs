@@ -38,6 +38,9 @@ const EPS: f64 = 1e-6;
 /// Tokens of all grids whose positions are kept: a server sees many.
 const TOKENS: usize = 1 << 14;
 
+/// What is known of the grids seen so far, by patches down and across.
+type Grids = Arc<Mutex<HashMap<(usize, usize), Arc<Grid>>>>;
+
 /// A Qwen-VL's vision tower with what is put into it, for pictures of any grid.
 ///
 /// [`Qwen::at`] is the same tower for pictures of one size, which is what attacks and trainings
@@ -60,7 +63,7 @@ pub struct Qwen {
     merger: Arc<Merger>,
     deepstack: Arc<Vec<Merger>>,
     inserts: Option<Arc<dyn GridInserts>>,
-    grids: Arc<Mutex<HashMap<(usize, usize), Arc<Grid>>>>,
+    grids: Grids,
 }
 
 /// What a language model reads of some pictures.
@@ -368,7 +371,7 @@ impl Qwen {
 
     fn grid_of(&self, height: usize, width: usize) -> Result<(usize, usize)> {
         let factor = self.config.factor();
-        if height == 0 || width == 0 || height % factor != 0 || width % factor != 0 {
+        if height == 0 || width == 0 || !height.is_multiple_of(factor) || !width.is_multiple_of(factor) {
             let expected = format!("sides that are multiples of {factor} pixels");
             return Err(Error::argument("picture size", expected, format!("{height} x {width}")));
         }
