@@ -182,7 +182,8 @@ fn gradients_agree_with_finite_differences() {
         let picture = expected.tensor("picture.1");
         let cotangent = cotangent(family, &expected, 1);
         let value = |picture: &Tensor| -> f64 {
-            let found: Features = tower.forward(&[picture.clone()], &everything()).unwrap().remove(0);
+            let found: Features =
+                tower.forward(std::slice::from_ref(picture), &everything()).unwrap().remove(0);
             let dot =
                 |a: &Tensor, b: &Tensor| -> f64 { values(a).iter().zip(values(b)).map(|(a, b)| a * b).sum() };
             let mut sum = dot(found.merged.as_ref().unwrap(), cotangent.merged.as_ref().unwrap());
@@ -191,7 +192,7 @@ fn gradients_agree_with_finite_differences() {
             }
             sum + dot(&found.hidden[2], &cotangent.hidden[0].1)
         };
-        let (_, tape) = tower.forward_tape(&[picture.clone()], &everything()).unwrap();
+        let (_, tape) = tower.forward_tape(std::slice::from_ref(&picture), &everything()).unwrap();
         let gradient = tower.vjp(&tape, std::slice::from_ref(&cotangent), PIXELS).unwrap().remove(0);
         let direction = random(picture.dims(), 5);
         let along: f64 = values(gradient.pixels.as_ref().unwrap())
@@ -213,7 +214,7 @@ fn several_pictures_have_the_bits_of_each_alone_and_of_the_tower_at_its_size() {
         let pictures = pictures(&expected);
         let together = tower.forward(&pictures, &everything()).unwrap();
         for (picture, together) in pictures.iter().zip(&together) {
-            let alone = tower.forward(&[picture.clone()], &everything()).unwrap().remove(0);
+            let alone = tower.forward(std::slice::from_ref(picture), &everything()).unwrap().remove(0);
             assert_same("merged", together.merged.as_ref().unwrap(), alone.merged.as_ref().unwrap());
             for (a, b) in together.deepstack.iter().zip(&alone.deepstack) {
                 assert_same("deepstack", a, b);
@@ -314,7 +315,7 @@ fn v5_names_and_shards_load_the_same_tower() {
         let picture = expected(family).tensor("picture.0");
         let reference = tower(family);
         let of = |tower: &Qwen| {
-            tower.forward(&[picture.clone()], &Want::merged()).unwrap().remove(0).merged.unwrap()
+            tower.forward(std::slice::from_ref(&picture), &Want::merged()).unwrap().remove(0).merged.unwrap()
         };
         assert_same("from bf16", &of(&loaded), &of(&reference));
         let print = checkpoint_fingerprint(&checkpoint, &config(family)).unwrap();
