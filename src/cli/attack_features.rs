@@ -37,7 +37,7 @@ impl Asked<'_> {
         let preprocess = model.preprocess(options.contract)?;
         let sizes = sizes(model, self.size.as_slice())?;
         let spinner = global.spinner("loading the model");
-        let code = match sizes.first() {
+        match sizes.first() {
             Some(size) => {
                 let preprocess = preprocess.fixed(size.height, size.width);
                 let tower = model.qwen(&preprocess, Some(DType::F32), &device)?;
@@ -50,8 +50,7 @@ impl Asked<'_> {
                 spinner.finish_and_clear();
                 self.on(global, model, &preprocess, towers.exact)
             }
-        };
-        code
+        }
     }
 
     fn on<T: Insertable>(
