@@ -444,8 +444,9 @@ fn upstreams_towers_and_ours_agree() {
             for case in cases(name) {
                 let turns = turns(&case);
                 worst = worst.max(apart(&upstream, &ours, &turns).await);
-                let [a, b] = [&upstream, &ours].map(|engine| engine.answer(&turns, &sampling(8)));
-                let (a, b) = (a.await.expect("an answer"), b.await.expect("an answer"));
+                let sampling = sampling(8);
+                let a = upstream.answer(&turns, &sampling).await.expect("an answer");
+                let b = ours.answer(&turns, &sampling).await.expect("an answer");
                 assert_eq!(a.tokens, b.tokens, "{name}");
             }
             println!("{name}: first logits within {worst:.1e} of those with mistral.rs' own tower");
