@@ -73,7 +73,7 @@ pub struct RunFlags {
     pub limits: PictureLimits,
 }
 
-fn parse_shard(text: &str) -> Result<(usize, usize), String> {
+pub fn parse_shard(text: &str) -> Result<(usize, usize), String> {
     let parts = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
     parts
         .filter(|(i, n)| (1..=*n).contains(i))

@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use radapt::attack::{Eps, ThreatChoice};
 use radapt::defense::{AnchorChoice, DefenseOptions};
 use radapt::eval::classify::summarise;
-use radapt::eval::run::merge;
+use radapt::eval::run::{Manifest, merge};
 use serde_json::to_value;
 
 use super::classify::{RunFlags, What};
@@ -28,6 +28,8 @@ enum EvalCommand {
     Classify(Box<ClassifyCommand>),
     /// Figures along the defence's parameters: alpha, beta, cutoff, training pictures and epochs
     Sweep(Box<super::eval_sweep::SweepCommand>),
+    #[cfg(feature = "engine")]
+    Coco(Box<super::eval_coco::CocoCommand>),
     Judge(super::eval_judge::Judge),
     /// Put the shards of a run together
     Merge(Merge),
@@ -40,6 +42,8 @@ impl Eval {
         match self.command {
             EvalCommand::Classify(command) => command.run(global),
             EvalCommand::Sweep(command) => command.run(global),
+            #[cfg(feature = "engine")]
+            EvalCommand::Coco(command) => command.run(global),
             EvalCommand::Judge(command) => command.run(global),
             EvalCommand::Merge(command) => command.run(global),
             EvalCommand::Report(command) => command.run(global),
@@ -76,7 +80,7 @@ pub struct ClassifyCommand {
 }
 
 /// A defence of `--also` with its name in figures.
-fn other(text: &str, allow_mismatch: bool) -> radapt::Result<(String, DefenseOptions)> {
+pub fn other(text: &str, allow_mismatch: bool) -> radapt::Result<(String, DefenseOptions)> {
     let (name, anchor, cutoff) = match text.strip_prefix("gif:") {
         Some(bins) => {
             let wrong = || argument("--also", "an anchor, or gif:BINS with a number of bins", text);
@@ -127,6 +131,13 @@ struct Merge {
 
 impl Merge {
     fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
+        let task = self.runs.first().map(|run| Manifest::read(run)).transpose()?;
+        if task.is_some_and(|manifest| manifest.decides["task"] == "coco") {
+            let run = merge(&self.runs, &self.out)?;
+            let summary = radapt::eval::coco::summarise(&run, None)?;
+            print(global, to_value(&summary)?, &row_table(&summary.summary.rows))?;
+            return Ok(ExitCode::SUCCESS);
+        }
         let summary = summarise(&merge(&self.runs, &self.out)?)?;
         print(global, to_value(&summary)?, &row_table(&summary.rows))?;
         Ok(ExitCode::SUCCESS)

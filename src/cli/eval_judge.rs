@@ -1,7 +1,7 @@
 //! `radapt eval judge`
 
 use std::io::{BufRead, BufReader, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -23,6 +23,17 @@ pub struct Judge {
     /// A file of cases, one JSON object a line; - for stdin
     #[arg(value_name = "CASES.jsonl")]
     cases: PathBuf,
+    #[command(flatten)]
+    flags: JudgeFlags,
+    /// Write the counts and the judges' agreement to this file, as JSON
+    #[arg(long, value_name = "FILE")]
+    summary: Option<PathBuf>,
+}
+
+/// Whether a language model judges, and which.
+#[derive(Args, Clone)]
+#[command(next_help_heading = "Judge")]
+pub struct JudgeFlags {
     /// Ask a language model as well, at an OpenAI-compatible endpoint such as http://127.0.0.1:8080/v1
     #[arg(long, value_name = "URL", requires = "judge_model")]
     judge: Option<String>,
@@ -44,9 +55,27 @@ pub struct Judge {
     /// Questions asked at a time
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=256))]
     judge_parallel: u64,
-    /// Write the counts and the judges' agreement to this file, as JSON
-    #[arg(long, value_name = "FILE")]
-    summary: Option<PathBuf>,
+}
+
+impl JudgeFlags {
+    /// The judge, if one is asked for; `cache` is where its verdicts are kept if no file is given.
+    ///
+    /// # Errors
+    /// If the endpoint or the cache cannot be used.
+    pub fn llm(&self, cache: Option<&Path>) -> radapt::Result<Option<LlmJudge>> {
+        let (Some(url), Some(model)) = (&self.judge, &self.judge_model) else {
+            return Ok(None);
+        };
+        let key = std::env::var(&self.judge_key_env).ok().filter(|key| !key.is_empty());
+        let endpoint = Endpoint {
+            key,
+            timeout: Duration::from_secs(self.judge_timeout),
+            retries: self.judge_retries,
+            parallel: self.judge_parallel as usize,
+            ..Endpoint::new(url, model)
+        };
+        LlmJudge::new(endpoint, self.judge_cache.as_deref().or(cache)).map(Some)
+    }
 }
 
 /// A line with the case it holds.
@@ -77,24 +106,9 @@ fn parse(text: &str, number: usize) -> Line {
 }
 
 impl Judge {
-    fn llm(&self) -> radapt::Result<Option<LlmJudge>> {
-        let (Some(url), Some(model)) = (&self.judge, &self.judge_model) else {
-            return Ok(None);
-        };
-        let key = std::env::var(&self.judge_key_env).ok().filter(|key| !key.is_empty());
-        let endpoint = Endpoint {
-            key,
-            timeout: Duration::from_secs(self.judge_timeout),
-            retries: self.judge_retries,
-            parallel: self.judge_parallel as usize,
-            ..Endpoint::new(url, model)
-        };
-        LlmJudge::new(endpoint, self.judge_cache.as_deref()).map(Some)
-    }
-
     pub fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
         let words = WordJudge::new()?;
-        let llm = self.llm()?;
+        let llm = self.flags.llm(None)?;
         let reader: Box<dyn BufRead> = if self.cases.as_os_str() == "-" {
             Box::new(std::io::stdin().lock())
         } else {

@@ -16,6 +16,8 @@ mod classify;
 #[cfg(feature = "engine")]
 mod demo;
 mod eval;
+#[cfg(feature = "engine")]
+mod eval_coco;
 mod eval_judge;
 mod eval_report;
 mod eval_sweep;

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::classify::{pictures_folder, save_picture};
+use super::classify::{file_name, pictures_folder, save_picture};
 use super::run::{Line, Run, write_whole};
 use crate::attack::{
     Direction, Eps, Feature, FeatureObjective, Maximise, Pgd, Pictures, Settings, Subject, Threat,
@@ -76,6 +76,8 @@ pub struct MovedFeatures {
     pub threat: Threat,
     /// The target's defence.
     pub defense: String,
+    /// The picture, below the run's folder.
+    pub picture: String,
     /// The mean over tokens of the cosine with the target's features of the clean picture. The
     /// picture is rounded to 8 bits.
     pub cosine: f64,
@@ -259,8 +261,11 @@ impl<T: Insertable> FeatureAttack<'_, T> {
             let undefended = cosines(&self.features(plain, &made)?, &plain_clean)?;
             let folder = pictures_folder(run.folder(), ATTACK, eps, name);
             for (row, &i) in good.iter().enumerate() {
+                let path = folder.join(file_name(&lines[i].id));
                 save_picture(&made.get(row)?, &folder, &lines[i].id)?;
+                let picture = path.strip_prefix(run.folder()).unwrap_or(&path).display().to_string();
                 lines[i].attacked.push(MovedFeatures {
+                    picture,
                     attack: ATTACK.into(),
                     eps,
                     threat: threat.clone(),

@@ -1,6 +1,7 @@
 //! Scoring: figures with their counts, intervals and threat models.
 
 pub mod classify;
+pub mod coco;
 pub mod features;
 pub mod judge;
 pub mod metrics;

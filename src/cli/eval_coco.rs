@@ -1,0 +1,321 @@
+//! `radapt eval coco`
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Args;
+use futures::StreamExt;
+use radapt::attack::Subject;
+use radapt::data::coco::Coco;
+use radapt::data::coco300::ObjectSet;
+use radapt::defense::{AnchorChoice, Defense, DefenseOptions};
+use radapt::engine::{Engine, EngineOptions, Role, Sampling, Turn};
+use radapt::eval::coco::{Asked, CocoRun, CocoSummary, CraftedSet, Source, Speaker, Spoken};
+use radapt::eval::prompts;
+use radapt::eval::run::{Manifest, Run};
+use radapt::eval::select::select;
+use radapt::model::Model;
+use radapt::pocket::{SIDES, Split};
+use serde_json::{json, to_value};
+
+use super::classify::short_name;
+use super::eval::other;
+use super::eval_judge::JudgeFlags;
+use super::options::{DefenseFlags, ModelOptions, PictureLimits, argument};
+use super::row_table::row_table;
+use super::{Global, print};
+
+/// Captions and answers about pictures with a known object, clean and adversarial, undefended and
+/// defended: how many name the object
+///
+/// Adversarial pictures come from runs of `radapt attack v-attack` (or `attack pgd` on a model without a
+/// text side). Every response is kept in `items.jsonl`; figures follow from it alone.
+#[derive(Args)]
+pub struct CocoCommand {
+    /// A folder with V-Attack's three coco300 files, or the built-in pocket (pocket:validation and
+    /// pocket:train are its other splits)
+    #[arg(long, value_name = "PATH", default_value = "pocket")]
+    data: String,
+    /// Where the set's pictures are, if not beside its files
+    #[arg(long, value_name = "FOLDER")]
+    pictures: Option<PathBuf>,
+    /// The first N rows; all where not given, 300 of pocket
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    n: Option<u64>,
+    /// Correct what is known to be wrong of coco300: keywords among the questions, duplicates, rows whose
+    /// target is the object
+    #[arg(long)]
+    clean: bool,
+    /// Runs of `radapt attack` whose pictures to ask about
+    #[arg(long, value_name = "RUN,...", value_delimiter = ',')]
+    crafted: Vec<PathBuf>,
+    /// Anchors to ask as well, each with what it recommends and under its file's name, or gif:BINS
+    #[arg(long, value_name = "ANCHOR,...", value_delimiter = ',')]
+    also: Vec<String>,
+    /// Leave the undefended model out
+    #[arg(long)]
+    defended_only: bool,
+    /// How a caption is asked for: v-attack or fare
+    #[arg(long, value_name = "PRESET", default_value = prompts::PRESET)]
+    caption_prompt: String,
+    /// How a question is put: v-attack, in-image, fare, textvqa or vizwiz
+    #[arg(long, value_name = "PRESET", default_value = prompts::PRESET)]
+    question_prompt: String,
+    /// COCO's captions file, for CIDEr and BLEU of the captions
+    #[arg(long, value_name = "FILE")]
+    captions: Option<PathBuf>,
+    /// Choose N pictures, objects, targets and questions from COCO, write them as the three files into
+    /// --out, and ask nobody
+    #[arg(long, value_name = "N", requires = "instances", requires = "captions")]
+    select: Option<usize>,
+    /// COCO's instances file, for --select
+    #[arg(long, value_name = "FILE")]
+    instances: Option<PathBuf>,
+    /// Quantise the language model as it is loaded (q4k, q8_0, 4, 8, ...)
+    #[arg(long, value_name = "TYPE")]
+    isq: Option<String>,
+    #[command(flatten)]
+    model: ModelOptions,
+    #[command(flatten)]
+    defense: DefenseFlags,
+    #[command(flatten)]
+    judge: JudgeFlags,
+    /// The run's folder
+    #[arg(long, value_name = "RUN")]
+    out: PathBuf,
+    /// Go on with the run in --out, if there is one
+    #[arg(long)]
+    resume: bool,
+    /// Work on shard I of N alone, to be put together with `radapt eval merge`
+    #[arg(long, value_name = "I/N", value_parser = super::classify::parse_shard)]
+    shard: Option<(usize, usize)>,
+    /// Pictures asked about together: what a kill loses
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..))]
+    batch: u64,
+    #[command(flatten)]
+    limits: PictureLimits,
+}
+
+/// The engine, asked about several pictures at once.
+struct Loaded {
+    engine: Engine,
+    runtime: std::rc::Rc<tokio::runtime::Runtime>,
+}
+
+impl Speaker for Loaded {
+    fn answers(&self, asked: &[Asked<'_>]) -> radapt::Result<Vec<Result<String, String>>> {
+        let answer = async |asked: &Asked<'_>| {
+            let turn =
+                Turn { role: Role::User, text: asked.prompt.clone(), images: vec![asked.picture.clone()] };
+            let sampling = Sampling { max_tokens: asked.max_tokens, ..Sampling::default() };
+            let found = self.engine.answer(&[turn], &sampling).await;
+            found.map(|answer| answer.text.trim().to_string()).map_err(|e| e.to_string())
+        };
+        Ok(self.runtime.block_on(futures::stream::iter(asked).map(answer).buffered(16).collect()))
+    }
+}
+
+impl CocoCommand {
+    pub fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
+        if let Some(n) = self.select {
+            return self.choose(global, n);
+        }
+        let crafted = self.crafted.iter().map(|run| CraftedSet::read(run));
+        let crafted: Vec<CraftedSet> =
+            crafted.collect::<radapt::Result<Vec<_>>>()?.into_iter().flatten().collect();
+        let model = self.model.find()?;
+        let (set, source) = self.set(&model)?;
+        let size = crafted.first().map(|set| set.size);
+        let options = self.defenses(&model)?;
+        let models = options
+            .iter()
+            .map(|(name, options)| {
+                let defense = self.build(&model, options, size)?;
+                let name = name.clone().unwrap_or_else(|| short_name(&defense));
+                Ok(Spoken { defense: name, subject: Subject::new(&model.name, &defense)? })
+            })
+            .collect::<radapt::Result<Vec<_>>>()?;
+        for (i, spoken) in models.iter().enumerate() {
+            if models.iter().take(i).any(|other| other.defense == spoken.defense) {
+                return Err(argument(
+                    "--also",
+                    "defences that are called by different names",
+                    &spoken.defense,
+                )
+                .into());
+            }
+        }
+        for set in &crafted {
+            if models.iter().all(|spoken| set.threat(&spoken.subject).is_none()) {
+                let expected = format!(
+                    "a model with the defence of {}, which its pictures were crafted on",
+                    set.surrogate
+                );
+                return Err(argument("--crafted", &expected, &set.folder.display().to_string()).into());
+            }
+        }
+        let references = match (&self.captions, &source) {
+            (Some(file), _) => {
+                let coco = Coco::captions_alone(file)?;
+                coco.images().iter().map(|i| (i.file_name.clone(), coco.captions(i.id).to_vec())).collect()
+            }
+            (None, Source::Pocket { .. }) => {
+                set.rows().iter().map(|row| (row.image.clone(), vec![row.description.clone()])).collect()
+            }
+            (None, Source::Files(_)) => Default::default(),
+        };
+        let coco = CocoRun {
+            set: &set,
+            source,
+            limits: self.limits.limits(),
+            models,
+            crafted,
+            caption: prompts::caption(&self.caption_prompt)?,
+            question: prompts::question(&self.question_prompt)?,
+            references,
+            batch: self.batch as usize,
+            seed: global.seed,
+        };
+        let llm = self.judge.llm(Some(&self.out.join("judge.jsonl")))?;
+        let decides = coco.decides(json!({
+            "model": { "name": model.name, "revision": model.revision, "digest": model.digest()? },
+            "contract": self.model.contract.map(|contract| contract.to_string()),
+            "dtype": self.model.dtype().map(|dtype| dtype.as_str()),
+            "isq": self.isq,
+            "device": self.model.device.split(':').next(),
+        }));
+        let manifest = Manifest::new(decides, self.shard, coco.items(self.shard));
+        let mut run = Run::open(&self.out, manifest, self.resume)?;
+        let runtime = std::rc::Rc::new(tokio::runtime::Runtime::new()?);
+        let device = self.model.device()?;
+        let mut load = |i: usize| -> radapt::Result<Box<dyn Speaker>> {
+            let defense = options.get(i).map(|(_, options)| options.clone()).unwrap_or_default();
+            let options = EngineOptions {
+                defense,
+                contract: self.model.contract,
+                dtype: self.model.dtype(),
+                isq: self.isq.clone(),
+                ..EngineOptions::new(device.clone())
+            };
+            let engine = runtime.block_on(Engine::load(model.clone(), options))?;
+            Ok(Box::new(Loaded { engine, runtime: runtime.clone() }))
+        };
+        let bar = global.bar("", 0);
+        let summary = coco.run(&mut run, &mut load, llm.as_ref(), &mut |done| {
+            bar.set_length(done.of as u64);
+            bar.set_position(done.done as u64);
+            bar.set_message(format!("asking, defence {}", done.defense));
+        })?;
+        bar.finish_and_clear();
+        self.say(global, &summary);
+        print(global, to_value(&summary)?, &row_table(&summary.summary.rows))?;
+        Ok(if summary.summary.failed > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    }
+
+    fn say(&self, global: &Global, summary: &CocoSummary) {
+        if !summary.missing.is_empty() {
+            global.say(format_args!(
+                "{} pictures are missing and were not asked about, the first `{}`",
+                summary.missing.len(),
+                summary.missing[0]
+            ));
+        }
+        let failed = summary.summary.failed;
+        if failed > 0 {
+            global.say(format_args!(
+                "warning: {failed} of {} items have no response; see {}",
+                summary.summary.items,
+                self.out.join("items.jsonl").display()
+            ));
+        }
+    }
+
+    /// The defences that are asked, by their names where they have one.
+    fn defenses(&self, model: &Model) -> radapt::Result<Vec<(Option<String>, DefenseOptions)>> {
+        let none = DefenseOptions { anchor: AnchorChoice::None, ..DefenseOptions::default() };
+        let own = self.defense.options();
+        let mut all = Vec::new();
+        if !self.defended_only {
+            all.push((None, none.clone()));
+        }
+        if own != none {
+            all.push((None, own.clone()));
+        }
+        for text in &self.also {
+            let (name, options) = other(text, own.allow_mismatch)?;
+            all.push((Some(name), options));
+        }
+        if all.is_empty() {
+            return Err(argument("--defended-only", "a defence to go with it", &model.name));
+        }
+        Ok(all)
+    }
+
+    /// The defence in numbers, at the size of the adversarial pictures where the tower takes any.
+    fn build(
+        &self,
+        model: &Model,
+        options: &DefenseOptions,
+        size: Option<(usize, usize)>,
+    ) -> radapt::Result<Defense> {
+        let device = self.model.device()?;
+        let preprocess = model.preprocess(self.model.contract)?;
+        if model.kind.is_qwen() {
+            let (height, width) = size.unwrap_or((448, 448));
+            let tower = model.qwen(&preprocess, None, &device)?.at(height, width)?;
+            return options.build(&tower, || model.fingerprint());
+        }
+        options.build(&model.tower(&preprocess, None, &device)?, || model.fingerprint())
+    }
+
+    fn set(&self, model: &Model) -> radapt::Result<(ObjectSet, Source)> {
+        let split = match self.data.as_str() {
+            "pocket" => Some(Split::Test),
+            other => match other.strip_prefix("pocket:") {
+                None => None,
+                Some(split) => Some(
+                    super::pocket::parse_split(split)
+                        .map_err(|e| argument("--data", "pocket, pocket:validation or pocket:train", &e))?,
+                ),
+            },
+        };
+        if let Some(split) = split {
+            let side =
+                if model.kind.is_qwen() { *SIDES.end() } else { model.tower_config()?.image_size as u32 };
+            let size = side.clamp(*SIDES.start(), *SIDES.end());
+            return Ok((
+                ObjectSet::pocket(split, 0, self.n.unwrap_or(300))?,
+                Source::Pocket { split, seed: 0, size },
+            ));
+        }
+        let folder = Path::new(&self.data);
+        let mut set = ObjectSet::open(folder)?;
+        if self.clean {
+            set = set.clean().distinct()?;
+        }
+        if let Some(n) = self.n {
+            let rows = set.rows().iter().take(usize::try_from(n).unwrap_or(usize::MAX)).cloned().collect();
+            set = ObjectSet::new(set.name(), rows)?;
+        }
+        let located = set.locate(self.pictures.as_deref().unwrap_or(folder));
+        if located.paths.iter().all(Option::is_none) {
+            let expected = "a folder with at least one of the set's pictures";
+            return Err(argument("--pictures", expected, &located.missing.len().to_string()));
+        }
+        Ok((set, Source::Files(located.paths)))
+    }
+
+    fn choose(&self, global: &Global, n: usize) -> anyhow::Result<ExitCode> {
+        let (Some(instances), Some(captions)) = (&self.instances, &self.captions) else {
+            return Err(argument("--select", "--instances and --captions to go with it", "none").into());
+        };
+        let coco = Coco::open(instances, Some(captions))?;
+        let name = format!("coco{n}");
+        let set = select(&coco, &name, n, global.seed)?;
+        set.write(&self.out)?;
+        let out = self.out.display().to_string();
+        let json = json!({ "out": out, "name": name, "n": set.rows().len(), "seed": global.seed });
+        print(global, json, &out)?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
