@@ -539,7 +539,7 @@ fn safe(part: &str) -> String {
 }
 
 /// An item's name as that of a PNG file below a folder, whatever is in it.
-fn file_name(id: &str) -> PathBuf {
+pub(super) fn file_name(id: &str) -> PathBuf {
     let parts = id.split('/').map(safe).filter(|part| !matches!(part.as_str(), "" | "." | ".."));
     let mut name = parts.collect::<PathBuf>().into_os_string();
     if name.to_str() != Some(id) {
