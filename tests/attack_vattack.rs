@@ -4,6 +4,8 @@
 mod fixture;
 mod toy;
 
+use std::slice::from_ref;
+
 use candle_core::{DType, Device, IndexOp, Tensor};
 use fixture::{Fixture, assert_close, assert_same, clip, values};
 use radapt::attack::vattack::{
@@ -272,8 +274,8 @@ fn a_picture_does_not_depend_on_its_batch_and_a_seed_gives_the_same_bytes() {
         for form in [VAttack::notebook, VAttack::paper] {
             let attack = settings(form, 5);
             let both = surrogate(tower.clone(), "v5", 1.0, &fixture, "paper", 0);
-            let made = craft(&attack, &[both.clone()], &pictures(&clean), 7);
-            let again = craft(&attack, &[both.clone()], &pictures(&clean), 7);
+            let made = craft(&attack, from_ref(&both), &pictures(&clean), 7);
+            let again = craft(&attack, from_ref(&both), &pictures(&clean), 7);
             assert_same("the same seed", again.crafted.pixels(), made.crafted.pixels());
             let other = craft(&attack, &[both], &pictures(&clean), 8);
             assert!(

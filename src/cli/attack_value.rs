@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
-use radapt::attack::vattack::{Preset, VAttack};
+use radapt::attack::vattack::{Localise, Preset, VAttack};
 use radapt::attack::{Eps, Subject, ThreatKind, TowerClassifier};
 use radapt::data::coco300::{ObjectRow, ObjectSet};
 use radapt::data::registry;
@@ -54,6 +54,14 @@ pub struct ValueFlags {
     /// The share of the last direction that a step keeps
     #[arg(long, value_name = "NUMBER")]
     momentum: Option<f64>,
+    /// How many of the last blocks' values are in the loss, instead of the preset's: 1 in the
+    /// paper's, 4 in the notebook's
+    #[arg(long, value_name = "N")]
+    blocks: Option<usize>,
+    /// The block, counted from 0, whose keys tie the patches of the notebook's mask together, instead
+    /// of 8 of 24 and the same share of another number
+    #[arg(long, value_name = "BLOCK")]
+    key_block: Option<usize>,
     /// Write maps of the mask and of the magnified perturbation beside the pictures
     #[arg(long)]
     maps: bool,
@@ -72,6 +80,8 @@ impl ValueFlags {
             ("--surrogates", !self.surrogates.is_empty()),
             ("--alpha", self.alpha.is_some()),
             ("--momentum", self.momentum.is_some()),
+            ("--blocks", self.blocks.is_some()),
+            ("--key-block", self.key_block.is_some()),
             ("--maps", self.maps),
         ];
         match given.iter().find(|(_, given)| *given) {
@@ -104,6 +114,10 @@ impl Asked<'_> {
             );
         }
         let preset = values.preset.unwrap_or(Preset::Paper);
+        if let (Preset::Paper, Some(block)) = (preset, values.key_block) {
+            let expected = "none in the paper's form, which ties patches by their values";
+            return Err(argument("--key-block", expected, &block.to_string()).into());
+        }
         let mut options = flags.model.clone();
         options.model = with_text(&options.model);
         // The notebook squashes pictures to a square.
@@ -170,6 +184,13 @@ impl Asked<'_> {
         let attack = |&eps: &Eps| {
             let base = VAttack::preset(preset, eps);
             VAttack {
+                blocks: values.blocks.unwrap_or(base.blocks),
+                localise: match base.localise {
+                    Localise::Keys { block, rounds } => {
+                        Localise::Keys { block: values.key_block.or(block), rounds }
+                    }
+                    other => other,
+                },
                 alpha: values.alpha.map_or(base.alpha, Eps::value),
                 steps: flags.feature_settings().steps.unwrap_or(base.steps),
                 momentum: values.momentum.unwrap_or(base.momentum),
@@ -196,6 +217,9 @@ impl Asked<'_> {
             batch: flags.batch as usize,
             device,
         };
+        for attack in &what.attacks {
+            what.crafters.iter().try_for_each(|crafter| attack.check_tower(&crafter.tower))?;
+        }
         let decides = what.decides(json!({
             "model": name(&model)?,
             "surrogate_models": others.iter().map(name).collect::<anyhow::Result<Vec<_>>>()?,

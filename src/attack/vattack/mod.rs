@@ -37,6 +37,8 @@ use super::crafted::Finished;
 use super::objective::without_nan;
 use super::pictures::select;
 use super::{Ball, Crafted, Eps, Pictures, Progress, Recipe, Subject, picture_rng, uniform};
+use crate::tower::VisionTower;
+use crate::tower::clip::Clip;
 use crate::{Error, Result};
 
 /// Which published form of V-Attack.
@@ -198,13 +200,35 @@ impl VAttack {
         }
     }
 
-    fn check(&self, surrogates: &[Surrogate], pictures: &Pictures) -> Result<()> {
+    /// That it can be run on a tower, whatever the pictures.
+    ///
+    /// # Errors
+    /// If a number is out of range, or the tower has no such blocks.
+    pub fn check_tower(&self, tower: &Clip) -> Result<()> {
+        self.check_numbers()?;
+        let count = tower.spec().blocks;
+        if self.blocks == 0 || self.blocks > count {
+            return Err(Error::argument("blocks", format!("1 to {count} for this tower"), self.blocks));
+        }
+        match self.localise {
+            Localise::Keys { block: Some(block), .. } if block >= count => {
+                Err(Error::argument("key block", format!("0 to {} for this tower", count - 1), block))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn check_numbers(&self) -> Result<()> {
         for (what, value) in [("alpha", self.alpha), ("momentum", self.momentum)] {
             if !((value as f32).is_finite() && value >= 0.0) {
                 return Err(Error::argument(what, "a number from 0", value));
             }
         }
-        self.crop.check()?;
+        self.crop.check()
+    }
+
+    fn check(&self, surrogates: &[Surrogate], pictures: &Pictures) -> Result<()> {
+        self.check_numbers()?;
         let Some(first) = surrogates.first() else {
             return Err(Error::argument("surrogates", "at least one", "none"));
         };

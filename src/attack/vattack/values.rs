@@ -142,9 +142,7 @@ impl<'a> ValueLoss<'a> {
     pub fn new(attack: &VAttack, surrogate: &'a Surrogate) -> Result<Self> {
         let tower = &surrogate.tower;
         let count = tower.spec().blocks;
-        if attack.blocks == 0 || attack.blocks > count {
-            return Err(Error::argument("blocks", format!("1 to {count} for this tower"), attack.blocks));
-        }
+        attack.check_tower(tower)?;
         let wide = |tensor: &Tensor| -> Result<Tensor> { Ok(tensor.to_dtype(DType::F32)?) };
         let block = |i: usize| -> Result<Block> {
             let parts = tower.block_parts(i)?;
