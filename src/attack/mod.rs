@@ -12,6 +12,8 @@
 //! - a result that knows what it is: [`Crafted`] names the model it was made on, and becomes a
 //!   figure ([`Scored`]) only together with its [`Threat`].
 //!
+//! [`vattack`] is apart from these: it looks at another crop of the picture in every step.
+//!
 //! Whatever an attack draws at random is keyed by the picture ([`Pictures`]), and a tower on a CPU
 //! is given one picture at a time, or is packed, so a picture's result does not depend on its
 //! batch.
@@ -38,6 +40,7 @@ mod random;
 mod resized;
 mod square;
 mod threat;
+pub mod vattack;
 
 pub use apgd::{Apgd, ApgdT};
 pub use apgd_csr::ApgdCsr;

@@ -1,4 +1,4 @@
-//! `radapt bench attack | anchor`
+//! `radapt bench attack | v-attack | anchor`
 
 use std::process::{Command as Process, ExitCode, Stdio};
 use std::sync::Arc;
@@ -7,7 +7,8 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use candle_core::{Device, Tensor};
 use clap::{Args, Subcommand, ValueEnum};
-use radapt::attack::{Eps, Settings, picture_rng, uniform};
+use radapt::attack::vattack::{Preset, Surrogate, VAttack};
+use radapt::attack::{Eps, Pictures, Settings, Subject, picture_rng, uniform};
 use radapt::data::LabelledSet;
 use radapt::defense::acquire::training_free;
 use radapt::defense::{Defense, Fra, Gif, TRAINING_FREE_MIX, default_cutoff};
@@ -35,6 +36,9 @@ pub struct Bench {
 enum Command {
     /// Time the attack step, forward and gradient at the pixels, on this CPU
     Attack(Attack),
+    /// Time V-Attack's step, crops and masks included, on this CPU
+    #[command(name = "v-attack")]
+    Value(ValueSteps),
     /// Time a step of R-Adapt+, forward and gradient at the anchor of a batch, on this CPU
     Anchor(Anchor),
 }
@@ -154,12 +158,29 @@ impl Bench {
         match self.command {
             Command::Attack(attack) if attack.here => attack.here(global),
             Command::Attack(attack) => attack.run(global),
+            Command::Value(value) => value.run(global),
             Command::Anchor(anchor) => anchor.run(global),
         }
     }
 }
 
 impl Attack {
+    /// For its tower alone.
+    fn of(shape: OneShape, model: &Option<String>) -> Self {
+        Self {
+            shape: match shape {
+                OneShape::VitB16 => Shapes::VitB16,
+                OneShape::VitL14 => Shapes::VitL14,
+            },
+            model: model.clone(),
+            batch: Vec::new(),
+            dtype: Vec::new(),
+            repeats: 1,
+            defended: false,
+            here: true,
+        }
+    }
+
     fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
         if let Some(name) = &self.model {
             // Here once, not in the process of every case.
@@ -324,6 +345,81 @@ impl Attack {
     }
 }
 
+/// V-Attack on random pictures and random words.
+#[derive(Args)]
+struct ValueSteps {
+    /// A tower of this shape with random weights
+    #[arg(long, value_name = "SHAPE", default_value = "vit-l-14-336", conflicts_with = "model")]
+    shape: OneShape,
+    /// The tower of a model instead: a folder, a Hub id or a built-in one
+    #[arg(long, value_name = "MODEL")]
+    model: Option<String>,
+    /// paper or notebook
+    #[arg(long, value_name = "PRESET", default_value = "notebook")]
+    preset: Preset,
+    /// Pictures at once
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    batch: u16,
+    /// f32 or bf16
+    #[arg(long, value_name = "DTYPE", default_value = "f32")]
+    dtype: Dtype,
+    /// Timed steps, after one that does not count
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    steps: u16,
+}
+
+impl ValueSteps {
+    fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
+        let attack = Attack::of(self.shape, &self.model);
+        let shape = self.model.as_deref().unwrap_or(attack.shape.name()).to_string();
+        let (_, tower) = attack.tower(global)?;
+        let tower = tower.packed(match self.dtype {
+            Dtype::F32 => Precision::F32,
+            Dtype::Bf16 => Precision::Bf16,
+        })?;
+        let (batch, side) = (usize::from(self.batch), tower.spec().image_size);
+        let width = tower.spec().projection.context("a tower with a projection")?;
+        let random = |what: &str, shape: &[usize]| -> Result<Tensor> {
+            let mut rng = picture_rng(global.seed, 0, 0, what);
+            Ok(Tensor::from_vec(uniform(&mut rng, shape.iter().product()), shape, &Device::Cpu)?)
+        };
+        let pixels = ((random("bench", &[batch, 3, side, side])? + 1.0)? / 2.0)?;
+        let pictures = Pictures::new(&pixels, (0..batch as u64).collect())?;
+        let words = [random("source", &[batch, width])?, random("target", &[batch, width])?];
+        let surrogate = Surrogate::new(tower, Subject::undefended(&shape), 1.0, &words[0], &words[1])?;
+        let steps = usize::from(self.steps) + 1;
+        let attack = VAttack { steps, ..VAttack::preset(self.preset, Eps::of_255(16)) };
+        let mut at = Vec::new();
+        let start = Instant::now();
+        attack.craft(&[surrogate], &pictures, global.seed, &mut |_| at.push(Instant::now()))?;
+        let whole = start.elapsed().as_secs_f64();
+        let mut times: Vec<f64> = at.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3).collect();
+        let median = sorted_median(&mut times);
+        let row = json!({
+            "name": "v-attack step",
+            "preset": self.preset,
+            "shape": shape,
+            "dtype": self.dtype.name(),
+            "batch": batch,
+            "median_ms": median,
+            "min_ms": times[0],
+            "images_per_second": batch as f64 / median * 1e3,
+            "outside_steps_ms": (whole * 1e3 - median * steps as f64).max(0.0),
+            "peak_rss_mb": peak_rss()?,
+        });
+        let hourly =
+            3.6e6 * batch as f64 / (median * VAttack::preset(self.preset, Eps::of_255(16)).steps as f64);
+        let text = format!(
+            "{shape}, {}, batch {batch}, {}: {median:.1} ms a step, {hourly:.1} pictures an hour, peak {:.0} MB",
+            self.preset,
+            self.dtype.name(),
+            peak_rss()?
+        );
+        print(global, json!({ "rows": [row] }), &text)?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
 /// One epoch on pictures that nothing attacks: what a training does but for the crafting.
 #[derive(Args)]
 struct Anchor {
@@ -351,18 +447,7 @@ enum OneShape {
 
 impl Anchor {
     fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
-        let attack = Attack {
-            shape: match self.shape {
-                OneShape::VitB16 => Shapes::VitB16,
-                OneShape::VitL14 => Shapes::VitL14,
-            },
-            model: self.model.clone(),
-            batch: Vec::new(),
-            dtype: Vec::new(),
-            repeats: 1,
-            defended: false,
-            here: true,
-        };
+        let attack = Attack::of(self.shape, &self.model);
         let shape = self.model.as_deref().unwrap_or(attack.shape.name()).to_string();
         let batch = usize::from(self.batch);
         if self.n <= u64::from(self.batch) {

@@ -9,6 +9,7 @@ mod anchor_guide;
 mod anchor_train;
 mod attack;
 mod attack_features;
+mod attack_value;
 mod bench;
 #[cfg(feature = "engine")]
 mod chat;

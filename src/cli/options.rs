@@ -113,6 +113,17 @@ pub fn sizes(model: &Model, given: &[Size]) -> Result<Vec<Size>> {
     Ok(if given.is_empty() { vec![QWEN_SIZE] } else { given.to_vec() })
 }
 
+/// That no size is given where pictures have one.
+pub fn no_size(given: Option<Size>) -> Result<()> {
+    match given {
+        None => Ok(()),
+        Some(Size { height, width }) => {
+            let expected = "none: a CLIP's pictures have one size";
+            Err(argument("--size", expected, &format!("{height}x{width}")))
+        }
+    }
+}
+
 pub fn argument(what: &str, expected: &str, found: &str) -> Error {
     Error::Argument {
         what: what.into(),

@@ -12,6 +12,7 @@ pub mod run;
 pub mod select;
 mod summary;
 pub mod sweep;
+pub mod vattack;
 
 pub use row::{Attacked, Precision, Row, wilson};
 pub use summary::Summary;

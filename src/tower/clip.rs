@@ -148,6 +148,15 @@ struct Block {
     fc2: Linear,
 }
 
+/// What of a block makes its queries, keys and values, and its attention output of them.
+#[derive(Debug, Clone)]
+pub struct BlockParts {
+    /// The norm before attention.
+    pub norm1: LayerNorm,
+    /// The projections.
+    pub attention: Attention,
+}
+
 /// CLIP's vision transformer with what is put into it.
 #[derive(Clone)]
 pub struct Clip {
@@ -367,6 +376,26 @@ impl Clip {
             fc1: block.fc1,
             fc2: block.fc2,
         })
+    }
+
+    /// The parts of block `i`, counted from 0, that read hidden state `i`; unpacked where the tower
+    /// is packed, which copies them.
+    ///
+    /// # Errors
+    /// If there is no such block.
+    pub fn block_parts(&self, i: usize) -> Result<BlockParts> {
+        let block = self.plain_block(i)?;
+        Ok(BlockParts { norm1: block.norm1, attention: block.attention })
+    }
+
+    /// The norm that the class token goes through at the end.
+    pub fn post_norm(&self) -> &LayerNorm {
+        &self.post_norm
+    }
+
+    /// What makes an embedding of the class token, where the checkpoint has it.
+    pub fn projection(&self) -> Option<&Linear> {
+        self.projection.as_ref()
     }
 
     /// The same tower, not packed, with its weights held in `dtype`.

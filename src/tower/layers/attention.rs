@@ -204,6 +204,34 @@ impl Attention {
         self.project_vjp(q, &k, &v)
     }
 
+    /// softmax(V V^T / sqrt(D / h)) V by heads of values `(B, N, D)`: attention with the values as
+    /// queries and keys too, before the output projection. The tape is for
+    /// [`Attention::self_values_vjp`] alone.
+    pub fn self_values(&self, values: &Tensor) -> Result<(Tensor, AttentionTape)> {
+        let scale = self.scale(values.dim(D::Minus1)?);
+        let v = self.split(values)?;
+        let tape = AttentionTape { q: (&v * scale)?, k: v.clone(), v };
+        Ok((self.join(&attend(&tape)?)?, tape))
+    }
+
+    /// The gradient at [`Attention::self_values`]' result to that at the values, both `(B, N, D)`.
+    pub fn self_values_vjp(&self, tape: &AttentionTape, gradient: &Tensor) -> Result<Tensor> {
+        let scale = self.scale(gradient.dim(D::Minus1)?);
+        let [q, k, v] = attend_vjp(tape, &self.split(gradient)?)?;
+        self.join(&(((q * scale)? + k)? + v)?)
+    }
+
+    /// softmax(K K^T / sqrt(D / h)) of the keys of `(B, N, D)`: `(B h, N, N)`, rows that sum to 1.
+    pub fn key_affinity(&self, x: &Tensor) -> Result<Tensor> {
+        let k = self.split(&self.k.forward(x)?)?;
+        probabilities(&(&k * self.scale(x.dim(D::Minus1)?))?, &k)
+    }
+
+    /// `(B h, N, N)` weights times values `(B, N, D)`, by heads: `(B, N, D)`.
+    pub fn spread(&self, weights: &Tensor, values: &Tensor) -> Result<Tensor> {
+        self.join(&weights.matmul(&self.split(values)?)?)
+    }
+
     /// The gradients at queries (scaled), keys and values, each `(B h, N, D / h)`, to that at the
     /// input `(B, N, D)`.
     fn project_vjp(&self, q: Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
