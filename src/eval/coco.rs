@@ -17,46 +17,12 @@ use super::judge::{Agreement, Case, LlmAnswer, LlmJudge, Verdict, WordJudge};
 use super::metrics::caption::{CaptionScores, Captioned, score};
 use super::prompts::TaskPrompt;
 use super::run::{Line, Manifest, Run, lines, write_whole};
+pub use super::vattack::Source;
 use super::{Attacked, Precision, Row, Summary};
 use crate::attack::{Eps, Subject, Threat, ThreatKind, key};
 use crate::data::coco300::ObjectSet;
 use crate::image::{DecodeLimits, decode_file};
-use crate::pocket::{self, Split};
 use crate::{Error, Result};
-
-/// Where a set's clean pictures are.
-pub enum Source {
-    /// Files, by row; `None` where there is none.
-    Files(Vec<Option<PathBuf>>),
-    /// The pocket world's scenes, drawn at this size.
-    Pocket {
-        /// Which split.
-        split: Split,
-        /// The stream's seed.
-        seed: u64,
-        /// The side in pixels.
-        size: u32,
-    },
-}
-
-impl Source {
-    fn has(&self, row: usize) -> bool {
-        match self {
-            Self::Files(paths) => paths.get(row).is_some_and(Option::is_some),
-            Self::Pocket { .. } => true,
-        }
-    }
-
-    fn picture(&self, row: usize, limits: &DecodeLimits) -> Result<RgbImage> {
-        match self {
-            Self::Pocket { split, seed, size } => Ok(pocket::draw(*split, *seed, row as u64, *size)?.picture),
-            Self::Files(paths) => match paths.get(row).and_then(Option::as_ref) {
-                Some(path) => decode_file(path, limits),
-                None => Err(Error::argument("picture", "a file", "none")),
-            },
-        }
-    }
-}
 
 /// A question about a picture.
 pub struct Asked<'a> {
@@ -498,7 +464,7 @@ impl CocoRun<'_> {
 
     fn picture(&self, cell: Cell) -> Result<RgbImage> {
         let Some(set) = cell.crafted.and_then(|i| self.crafted.get(i)) else {
-            return self.source.picture(cell.row, &self.limits);
+            return self.source.picture(cell.row, &self.set.rows()[cell.row].image, &self.limits);
         };
         let name = &self.set.rows()[cell.row].image;
         match set.pictures.get(name) {

@@ -42,8 +42,19 @@ pub enum Source {
 }
 
 impl Source {
+    /// Whether row `index` has a picture.
+    pub fn has(&self, index: usize) -> bool {
+        match self {
+            Self::Files(paths) => paths.get(index).is_some_and(Option::is_some),
+            Self::Pocket { .. } => true,
+        }
+    }
+
     /// The picture of row `index`, called `name`.
-    fn picture(&self, index: usize, name: &str, limits: &DecodeLimits) -> Result<RgbImage> {
+    ///
+    /// # Errors
+    /// If there is none, or it cannot be read.
+    pub fn picture(&self, index: usize, name: &str, limits: &DecodeLimits) -> Result<RgbImage> {
         match self {
             Self::Pocket { split, seed, size } => {
                 Ok(pocket::draw(*split, *seed, index as u64, *size)?.picture)
