@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
-use radapt::attack::vattack::{Localise, Preset, VAttack};
+use radapt::attack::vattack::{Crop, Localise, Preset, VAttack};
 use radapt::attack::{Eps, Subject, ThreatKind, TowerClassifier};
 use radapt::data::coco300::{ObjectRow, ObjectSet};
 use radapt::data::registry;
@@ -62,6 +62,10 @@ pub struct ValueFlags {
     /// of 8 of 24 and the same share of another number
     #[arg(long, value_name = "BLOCK")]
     key_block: Option<usize>,
+    /// Look at the whole picture in every step instead of at the preset's crops: stronger on the
+    /// surrogate itself, weaker on others
+    #[arg(long)]
+    no_crop: bool,
     /// Write maps of the mask and of the magnified perturbation beside the pictures
     #[arg(long)]
     maps: bool,
@@ -80,6 +84,7 @@ impl ValueFlags {
             ("--surrogates", !self.surrogates.is_empty()),
             ("--alpha", self.alpha.is_some()),
             ("--momentum", self.momentum.is_some()),
+            ("--no-crop", self.no_crop),
             ("--blocks", self.blocks.is_some()),
             ("--key-block", self.key_block.is_some()),
             ("--maps", self.maps),
@@ -194,6 +199,7 @@ impl Asked<'_> {
                 alpha: values.alpha.map_or(base.alpha, Eps::value),
                 steps: flags.feature_settings().steps.unwrap_or(base.steps),
                 momentum: values.momentum.unwrap_or(base.momentum),
+                crop: if values.no_crop { Crop::Whole } else { base.crop },
                 ..base
             }
         };
