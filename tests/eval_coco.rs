@@ -286,7 +286,7 @@ fn the_pocket_model_is_asked_through_the_binary() {
     assert_eq!(rows.iter().filter(|row| row["threat"] == "adaptive").count(), 4);
     assert_eq!((&found["failed"], &found["schema_version"]), (&json!(0), &json!(1)));
     let again = radapt(&arguments);
-    assert_eq!(again.status.code(), Some(2), "a run is not overwritten");
+    assert_eq!(again.status.code(), Some(1), "a run is not overwritten");
     let missing = radapt(&["eval", "coco", "--crafted", text(&own), "--anchor", "none", "--out", "x"]);
     let stderr = String::from_utf8_lossy(&missing.stderr);
     assert!(stderr.contains("--crafted") && missing.status.code() == Some(2), "{stderr}");

@@ -13,13 +13,13 @@ use radapt::eval::run::{Manifest, Run};
 use radapt::eval::vattack::{Crafter, Source, VAttackRow, VAttackRun, classes};
 use radapt::image::Contract;
 use radapt::model::Model;
-use radapt::pocket::{SIDES, Split};
+use radapt::pocket::SIDES;
 use radapt::text::ZeroShotHead;
 use radapt::tower::VisionTower;
 use serde_json::json;
 
 use super::classify::{RunFlags, Towers, short_name, with_text};
-use super::options::{ModelOptions, argument};
+use super::options::{ModelOptions, argument, pocket_split};
 use super::{Global, print};
 
 /// The name it goes by.
@@ -258,15 +258,7 @@ impl Asked<'_> {
     fn set(&self, global: &Global, side: u32) -> anyhow::Result<(ObjectSet, Source)> {
         let (data, values) = (&self.flags.data, self.values);
         let most = data.n.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX));
-        let split = match data.data.as_str() {
-            "pocket" => Some(Split::Test),
-            other => other
-                .strip_prefix("pocket:")
-                .map(super::pocket::parse_split)
-                .transpose()
-                .map_err(|e| argument("--data", "pocket, pocket:validation or pocket:train", &e))?,
-        };
-        if let Some(split) = split {
+        if let Some(split) = pocket_split(&data.data)? {
             if values.source.is_some() {
                 let expected = "none with pocket, which says what its pictures show and are to show";
                 return Err(argument("--source", expected, "one").into());

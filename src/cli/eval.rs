@@ -30,6 +30,7 @@ enum EvalCommand {
     Sweep(Box<super::eval_sweep::SweepCommand>),
     #[cfg(feature = "engine")]
     Coco(Box<super::eval_coco::CocoCommand>),
+    Retrieve(Box<super::eval_retrieve::RetrieveCommand>),
     Judge(super::eval_judge::Judge),
     /// Put the shards of a run together
     Merge(Merge),
@@ -44,6 +45,7 @@ impl Eval {
             EvalCommand::Sweep(command) => command.run(global),
             #[cfg(feature = "engine")]
             EvalCommand::Coco(command) => command.run(global),
+            EvalCommand::Retrieve(command) => command.run(global),
             EvalCommand::Judge(command) => command.run(global),
             EvalCommand::Merge(command) => command.run(global),
             EvalCommand::Report(command) => command.run(global),

@@ -15,13 +15,13 @@ use radapt::eval::prompts;
 use radapt::eval::run::{Manifest, Run};
 use radapt::eval::select::select;
 use radapt::model::Model;
-use radapt::pocket::{SIDES, Split};
+use radapt::pocket::SIDES;
 use serde_json::{json, to_value};
 
 use super::classify::short_name;
 use super::eval::other;
 use super::eval_judge::JudgeFlags;
-use super::options::{DefenseFlags, ModelOptions, PictureLimits, argument};
+use super::options::{DefenseFlags, ModelOptions, PictureLimits, argument, pocket_split};
 use super::row_table::row_table;
 use super::{Global, print};
 
@@ -269,17 +269,7 @@ impl CocoCommand {
     }
 
     fn set(&self, model: &Model) -> radapt::Result<(ObjectSet, Source)> {
-        let split = match self.data.as_str() {
-            "pocket" => Some(Split::Test),
-            other => match other.strip_prefix("pocket:") {
-                None => None,
-                Some(split) => Some(
-                    super::pocket::parse_split(split)
-                        .map_err(|e| argument("--data", "pocket, pocket:validation or pocket:train", &e))?,
-                ),
-            },
-        };
-        if let Some(split) = split {
+        if let Some(split) = pocket_split(&self.data)? {
             let side =
                 if model.kind.is_qwen() { *SIDES.end() } else { model.tower_config()?.image_size as u32 };
             let size = side.clamp(*SIDES.start(), *SIDES.end());

@@ -21,6 +21,7 @@ mod eval;
 mod eval_coco;
 mod eval_judge;
 mod eval_report;
+mod eval_retrieve;
 mod eval_sweep;
 mod features;
 mod options;

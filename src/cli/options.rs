@@ -76,6 +76,17 @@ impl ModelOptions {
     }
 }
 
+/// The split that `--data` names of the pocket world; `None` for other data.
+pub fn pocket_split(data: &str) -> Result<Option<Split>> {
+    let split = match data.strip_prefix("pocket") {
+        Some("") => "test",
+        Some(rest) if rest.starts_with(':') => &rest[1..],
+        _ => return Ok(None),
+    };
+    let parsed = super::pocket::parse_split(split);
+    parsed.map(Some).map_err(|e| argument("--data", "pocket, pocket:validation or pocket:train", &e))
+}
+
 /// A picture's size: `448`, a square, or `448x336`, height and width.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Size {

@@ -19,6 +19,7 @@
 //! ```
 
 mod archive;
+pub mod captioned;
 mod cifar;
 pub mod coco;
 pub mod coco300;

@@ -7,6 +7,7 @@ pub mod judge;
 pub mod metrics;
 pub mod prompts;
 pub mod report;
+pub mod retrieve;
 mod row;
 pub mod run;
 pub mod select;
