@@ -337,7 +337,11 @@ pub fn figures(
     let mut kinds: Vec<Kind> = first.embeddings.iter().map(kind).collect();
     kinds.sort_by_key(|(_, eps, _)| eps.is_some());
     let texts = texts.to_device(&Device::Cpu)?;
-    let own: Vec<std::ops::Range<usize>> = good.iter().map(|line| places[line.index].clone()).collect();
+    let own = good.iter().map(|line| {
+        let expected = || format!("pictures 0 to {}", places.len().saturating_sub(1));
+        places.get(line.index).cloned().ok_or_else(|| Error::argument("items.jsonl", expected(), line.index))
+    });
+    let own: Vec<std::ops::Range<usize>> = own.collect::<Result<_>>()?;
     let captions: Vec<u32> = own.iter().flat_map(|place| place.clone().map(|at| at as u32)).collect();
     let n = captions.len();
     let texts = texts.index_select(&Tensor::from_vec(captions, n, &Device::Cpu)?, 0)?;
