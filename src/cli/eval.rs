@@ -11,7 +11,7 @@ use radapt::eval::run::{Manifest, merge};
 use serde_json::to_value;
 
 use super::classify::{RunFlags, What};
-use super::options::argument;
+use super::options::{DefenseFlags, argument};
 use super::row_table::row_table;
 use super::{Global, print};
 
@@ -82,7 +82,7 @@ pub struct ClassifyCommand {
 }
 
 /// A defence of `--also` with its name in figures.
-pub fn other(text: &str, allow_mismatch: bool) -> radapt::Result<(String, DefenseOptions)> {
+fn other(text: &str, allow_mismatch: bool) -> radapt::Result<(String, DefenseOptions)> {
     let (name, anchor, cutoff) = match text.strip_prefix("gif:") {
         Some(bins) => {
             let wrong = || argument("--also", "an anchor, or gif:BINS with a number of bins", text);
@@ -98,6 +98,35 @@ pub fn other(text: &str, allow_mismatch: bool) -> radapt::Result<(String, Defens
         return Err(argument("--also", "an anchor file by another name, which figures use", text));
     }
     Ok((name, DefenseOptions { anchor, cutoff, allow_mismatch, ..DefenseOptions::default() }))
+}
+
+/// The undefended model unless it is left out, the defence of the flags, and those of `--also`, by their
+/// names where they have one.
+///
+/// # Errors
+/// If nothing is left, or `--also` names none.
+pub fn defenses(
+    flags: &DefenseFlags,
+    also: &[String],
+    defended_only: bool,
+) -> radapt::Result<Vec<(Option<String>, DefenseOptions)>> {
+    let none = DefenseOptions { anchor: AnchorChoice::None, ..DefenseOptions::default() };
+    let own = flags.options();
+    let mut all = Vec::new();
+    if !defended_only {
+        all.push((None, none.clone()));
+    }
+    if own != none {
+        all.push((None, own.clone()));
+    }
+    for text in also {
+        let (name, options) = other(text, own.allow_mismatch)?;
+        all.push((Some(name), options));
+    }
+    if all.is_empty() {
+        return Err(argument("--defended-only", "a defence to go with it", "none"));
+    }
+    Ok(all)
 }
 
 pub fn parse_threat(text: &str) -> Result<ThreatChoice, String> {

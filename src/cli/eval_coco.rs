@@ -8,7 +8,7 @@ use futures::StreamExt;
 use radapt::attack::Subject;
 use radapt::data::coco::Coco;
 use radapt::data::coco300::ObjectSet;
-use radapt::defense::{AnchorChoice, Defense, DefenseOptions};
+use radapt::defense::{Defense, DefenseOptions};
 use radapt::engine::{Engine, EngineOptions, Role, Sampling, Turn};
 use radapt::eval::coco::{Asked, CocoRun, CocoSummary, CraftedSet, Source, Speaker, Spoken};
 use radapt::eval::prompts;
@@ -19,7 +19,7 @@ use radapt::pocket::SIDES;
 use serde_json::{json, to_value};
 
 use super::classify::short_name;
-use super::eval::other;
+use super::eval::defenses;
 use super::eval_judge::JudgeFlags;
 use super::options::{DefenseFlags, ModelOptions, PictureLimits, argument, pocket_split};
 use super::row_table::row_table;
@@ -126,7 +126,7 @@ impl CocoCommand {
         let model = self.model.find()?;
         let (set, source) = self.set(&model)?;
         let size = crafted.first().map(|set| set.size);
-        let options = self.defenses(&model)?;
+        let options = defenses(&self.defense, &self.also, self.defended_only)?;
         let models = options
             .iter()
             .map(|(name, options)| {
@@ -228,27 +228,6 @@ impl CocoCommand {
                 self.out.join("items.jsonl").display()
             ));
         }
-    }
-
-    /// The defences that are asked, by their names where they have one.
-    fn defenses(&self, model: &Model) -> radapt::Result<Vec<(Option<String>, DefenseOptions)>> {
-        let none = DefenseOptions { anchor: AnchorChoice::None, ..DefenseOptions::default() };
-        let own = self.defense.options();
-        let mut all = Vec::new();
-        if !self.defended_only {
-            all.push((None, none.clone()));
-        }
-        if own != none {
-            all.push((None, own.clone()));
-        }
-        for text in &self.also {
-            let (name, options) = other(text, own.allow_mismatch)?;
-            all.push((Some(name), options));
-        }
-        if all.is_empty() {
-            return Err(argument("--defended-only", "a defence to go with it", &model.name));
-        }
-        Ok(all)
     }
 
     /// The defence in numbers, at the size of the adversarial pictures where the tower takes any.

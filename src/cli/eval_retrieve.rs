@@ -6,16 +6,15 @@ use std::process::ExitCode;
 use clap::Args;
 use radapt::attack::{Eps, Settings, Subject, ThreatChoice};
 use radapt::data::captioned::CaptionedSet;
-use radapt::defense::{AnchorChoice, Defense, DefenseOptions};
+use radapt::defense::Defense;
 use radapt::eval::retrieve::{Embedder, RetrieveRun, Source, unit_rows};
 use radapt::eval::run::{Manifest, Run};
-use radapt::model::Model;
 use radapt::pocket::SIDES;
 use radapt::tower::VisionTower;
 use serde_json::{json, to_value};
 
 use super::classify::{Towers, short_name, with_text};
-use super::eval::{other, parse_threat};
+use super::eval::{defenses, parse_threat};
 use super::options::{DefenseFlags, ModelOptions, PictureLimits, argument, pocket_split};
 use super::row_table::row_table;
 use super::{Global, print};
@@ -98,8 +97,7 @@ impl RetrieveCommand {
                 subject,
             })
         };
-        let models = self
-            .defenses(&model)?
+        let models = defenses(&self.defense, &self.also, self.defended_only)?
             .into_iter()
             .map(|(name, options)| {
                 let defense = options.build(&towers.exact, || model.fingerprint())?;
@@ -149,26 +147,6 @@ impl RetrieveCommand {
         }
         print(global, to_value(&summary)?, &row_table(&summary.rows))?;
         Ok(if summary.failed > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS })
-    }
-
-    fn defenses(&self, model: &Model) -> radapt::Result<Vec<(Option<String>, DefenseOptions)>> {
-        let none = DefenseOptions { anchor: AnchorChoice::None, ..DefenseOptions::default() };
-        let own = self.defense.options();
-        let mut all = Vec::new();
-        if !self.defended_only {
-            all.push((None, none.clone()));
-        }
-        if own != none {
-            all.push((None, own.clone()));
-        }
-        for text in &self.also {
-            let (name, options) = other(text, own.allow_mismatch)?;
-            all.push((Some(name), options));
-        }
-        if all.is_empty() {
-            return Err(argument("--defended-only", "a defence to go with it", &model.name));
-        }
-        Ok(all)
     }
 
     fn set(&self, global: &Global, side: u32) -> anyhow::Result<(CaptionedSet, Source)> {
