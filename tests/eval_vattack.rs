@@ -127,6 +127,70 @@ fn a_run_over_pocket_keeps_to_the_ball_and_resumes_to_the_same_bytes() {
     }
 }
 
+/// Merges three shards, the second of them killed and resumed, and compares with the whole run: lines,
+/// pictures, maps and figures. What `run.json` says is the same too, and of the summary all of it.
+fn shards_make_the_whole(folder: &Path, command: &[&str]) {
+    let at = |name: &str| folder.join(name).display().to_string();
+    let call = |more: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_radapt"))
+            .args([command, &["--quiet"], more].concat())
+            .env_remove("RADAPT_MODEL")
+            .env("HF_HUB_OFFLINE", "1")
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{more:?}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    call(&["--out", &at("whole")]);
+    let mut counts = Vec::new();
+    for shard in ["1/3", "2/3", "3/3"] {
+        let out = at(&shard[..1]);
+        let arguments = ["--out", &out, "--shard", shard, "--batch", "1"];
+        call(&arguments);
+        if shard == "2/3" {
+            let file = Path::new(&out).join("items.jsonl");
+            let text = std::fs::read_to_string(&file).unwrap();
+            std::fs::write(&file, &text[..text.find('\n').unwrap() + 9]).unwrap();
+            call(&[&arguments[..], &["--resume"]].concat());
+        }
+        let lines = std::fs::read_to_string(Path::new(&out).join("items.jsonl")).unwrap().lines().count();
+        counts.push(lines);
+    }
+    assert!(counts.iter().all(|n| *n > 0), "a shard without items tests nothing: {counts:?}");
+    let merge = |runs: &[&str], out: &str| {
+        let runs: Vec<String> = runs.iter().map(|run| at(run)).collect();
+        Command::new(env!("CARGO_BIN_EXE_radapt"))
+            .args(["eval", "merge", "--quiet", "--out", &at(out)])
+            .args(runs)
+            .output()
+            .unwrap()
+    };
+    let merged = merge(&["3", "1", "2"], "merged");
+    assert!(merged.status.success(), "{}", String::from_utf8_lossy(&merged.stderr));
+    assert_eq!(bytes(&folder.join("whole")), bytes(&folder.join("merged")));
+    let less = merge(&["1", "3"], "less");
+    assert!(String::from_utf8_lossy(&less.stderr).contains("2/3"));
+}
+
+#[test]
+fn three_shards_are_the_whole_run() {
+    let folder = tempfile::tempdir().unwrap();
+    shards_make_the_whole(
+        &folder.path().join("values"),
+        &[
+            "attack", "v-attack", "--threat", "transfer", "--n", "9", "--steps", "2", "--eps", "8/255",
+            "--maps",
+        ],
+    );
+    shards_make_the_whole(
+        &folder.path().join("features"),
+        &["attack", "pgd", "--model", "pocket", "--threat", "adaptive", "--n", "9", "--steps", "2"],
+    );
+    shards_make_the_whole(
+        &folder.path().join("captions"),
+        &["eval", "retrieve", "--n", "9", "--steps", "2", "--eps", "8/255"],
+    );
+}
+
 #[test]
 fn a_set_of_files_is_attacked_where_its_pictures_are_there() {
     let folder = tempfile::tempdir().unwrap();

@@ -218,6 +218,9 @@ fn the_demo_tells_the_story_with_both_threat_models() {
         let attacked = !row["attack"].is_null();
         assert_eq!(attacked, matches!(row["threat"].as_str(), Some("transfer" | "adaptive")), "{row}");
         assert_eq!(row["n"], if row["task"] == "caption" { 3 } else { 9 });
+        // What is crafted on the CLIP is transfer to the LLaVA, and says so.
+        let surrogate = (row["threat"] == "transfer").then_some("pocket-clip");
+        assert_eq!(row["surrogate"].as_str(), surrogate, "{row}");
     }
     let clean =
         |row: &&Value| row["task"] == "caption" && row["defense"] == "none" && row["attack"].is_null();
@@ -237,6 +240,8 @@ fn the_demo_refuses_what_it_cannot_do_before_it_begins() {
         (&["demo", "--eps", "300/255"][..], 2, "--eps"),
         (&["demo", "--out", "/nowhere/at/all.html"][..], 1, "/nowhere/at/all.html"),
         (&["demo", "--model", "pocket-clip"][..], 1, "pocket-clip"),
+        (&["demo", "--surrogate", "pocket"][..], 1, "`pocket`"),
+        (&["demo", "--steps", "0"][..], 2, "--steps"),
     ] {
         let output = radapt(arguments);
         let said = String::from_utf8(output.stderr).unwrap();

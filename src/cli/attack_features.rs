@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use candle_core::DType;
 use radapt::attack::{Eps, Subject, ThreatKind};
-use radapt::eval::features::FeatureAttack;
+use radapt::eval::features::{FeatureAttack, FeatureRow};
 use radapt::eval::run::{Manifest, Run};
 use radapt::image::Preprocess;
 use radapt::model::Model;
@@ -91,8 +91,8 @@ impl Asked<'_> {
             "model": { "name": model.name, "revision": model.revision, "digest": model.digest()? },
             "device": if flags.model.device()?.is_cpu() { "cpu" } else { "gpu" },
         }));
-        let items = set.items().len() + set.defects().len();
-        let mut run = Run::open(&flags.out, Manifest::new(decides, None, items), flags.resume)?;
+        let items = attack.items(flags.shard);
+        let mut run = Run::open(&flags.out, Manifest::new(decides, flags.shard, items), flags.resume)?;
         let bar = global.bar("attacking", items as u64);
         let summary = attack.run(&mut run, &mut |done, of| {
             bar.set_length(of as u64);
@@ -107,28 +107,7 @@ impl Asked<'_> {
                 flags.out.join("items.jsonl").display()
             ));
         }
-        let mut text = vec![format!(
-            "{:8} {:8} {:7} {:9} {:>5} {:>8}  {}",
-            "defence",
-            "attack",
-            "eps",
-            "threat",
-            "n",
-            "cosine",
-            "with the model's own features of the clean picture"
-        )];
-        text.extend(summary.rows.iter().map(|row| {
-            format!(
-                "{:8} {:8} {:7} {:9} {:>5} {:>8.4}",
-                row.defense,
-                row.attack,
-                row.eps.to_string(),
-                row.threat.to_string(),
-                row.n,
-                row.value
-            )
-        }));
-        print(global, serde_json::to_value(&summary)?, &text.join("\n"))?;
+        print(global, serde_json::to_value(&summary)?, &table(&summary.rows))?;
         Ok(if summary.failed > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS })
     }
 }
@@ -136,4 +115,29 @@ impl Asked<'_> {
 /// Whether the model's attack is one on features: it has no text side to classify by.
 pub fn wanted(model: &Model) -> bool {
     model.kind != radapt::model::ModelKind::Clip
+}
+
+pub fn table(rows: &[FeatureRow]) -> String {
+    let mut text = vec![format!(
+        "{:8} {:8} {:7} {:9} {:>5} {:>8}  {}",
+        "defence",
+        "attack",
+        "eps",
+        "threat",
+        "n",
+        "cosine",
+        "with the model's own features of the clean picture"
+    )];
+    text.extend(rows.iter().map(|row| {
+        format!(
+            "{:8} {:8} {:7} {:9} {:>5} {:>8.4}",
+            row.defense,
+            row.attack,
+            row.eps.to_string(),
+            row.threat.to_string(),
+            row.n,
+            row.value
+        )
+    }));
+    text.join("\n")
 }

@@ -233,8 +233,8 @@ impl Asked<'_> {
             "device": if what.device.is_cpu() { "cpu" } else { "gpu" },
             "template": template,
         }));
-        let items = set.rows().len();
-        let mut run = Run::open(&flags.out, Manifest::new(decides, None, items), flags.resume)?;
+        let items = what.items(flags.shard);
+        let mut run = Run::open(&flags.out, Manifest::new(decides, flags.shard, items), flags.resume)?;
         let bar = global.bar("attacking", items as u64);
         let summary = what.run(&mut run, &mut |done, of, share| {
             bar.set_length(of as u64);
@@ -362,7 +362,7 @@ fn files(path: &Path) -> radapt::Result<Vec<PathBuf>> {
     Ok(all)
 }
 
-fn table(rows: &[VAttackRow]) -> String {
+pub fn table(rows: &[VAttackRow]) -> String {
     let mut text = vec![format!(
         "{:8} {:8} {:7} {:9} {:>5} {:>18} {:>18}",
         "defence", "attack", "eps", "threat", "n", "named as source", "as target"

@@ -156,7 +156,6 @@ impl RunFlags {
             ("--targets", self.targets.is_some()),
             ("--queries", self.queries.is_some()),
             ("--early-stop", self.early_stop),
-            ("--shard", self.shard.is_some()),
         ];
         match given.iter().find(|(_, given)| *given) {
             Some((flag, _)) => Err(argument(flag, "a model with a text side to go with it", "none")),

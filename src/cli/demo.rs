@@ -8,7 +8,7 @@ use clap::Args;
 use radapt::attack::Eps;
 use radapt::demo::{Demo as Run, Stage, page, report};
 use radapt::model::{Lookup, Model};
-use radapt::pocket::built_in::POCKET;
+use radapt::pocket::built_in::{POCKET, POCKET_CLIP};
 
 use super::options::DefenseFlags;
 use super::{Global, print};
@@ -16,18 +16,18 @@ use super::{Global, print};
 /// See the whole story on the built-in pocket model: pictures, attacks on them, and what the
 /// undefended and the defended model say.
 ///
-/// It draws held-out pictures, crafts adversarial ones under both threat models, asks both models
-/// about all of them, prints a table and writes one HTML page with everything.
+/// It draws held-out pictures, crafts adversarial ones with V-Attack under both threat models, asks
+/// both models about all of them, prints a table and writes one HTML page with everything.
 #[derive(Args)]
 pub struct Demo {
     /// How many pictures
     #[arg(long, value_name = "N", default_value_t = 24)]
     pictures: usize,
     /// The largest change of a pixel, such as 8/255
-    #[arg(long, value_name = "EPS", default_value = "8/255")]
+    #[arg(long, value_name = "EPS", default_value = "16/255")]
     eps: Eps,
     /// Steps of the attack
-    #[arg(long, value_name = "N", default_value_t = 40)]
+    #[arg(long, value_name = "N", default_value_t = 100)]
     steps: usize,
     /// Where to write the page
     #[arg(long, value_name = "FILE", default_value = "radapt-demo.html")]
@@ -35,14 +35,19 @@ pub struct Demo {
     /// A LLaVA that knows the pocket world: a folder, or the built-in one
     #[arg(long, value_name = "MODEL", default_value = POCKET)]
     model: String,
+    /// Its CLIP with a text tower, which pictures are crafted on: a folder, or the built-in one
+    #[arg(long, value_name = "MODEL", default_value = POCKET_CLIP)]
+    surrogate: String,
     #[command(flatten)]
     defense: DefenseFlags,
 }
 
 impl Demo {
     pub fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
+        let lookup = Lookup { offline: true, ..Lookup::default() };
         let demo = Run {
-            model: Model::find(&self.model, &Lookup { offline: true, ..Lookup::default() })?,
+            model: Model::find(&self.model, &lookup)?,
+            surrogate: Model::find(&self.surrogate, &lookup)?,
             defense: self.defense.options(),
             pictures: self.pictures,
             eps: self.eps,

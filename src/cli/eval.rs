@@ -8,6 +8,7 @@ use radapt::attack::{Eps, ThreatChoice};
 use radapt::defense::{AnchorChoice, DefenseOptions};
 use radapt::eval::classify::summarise;
 use radapt::eval::run::{Manifest, merge};
+use radapt::eval::{coco, features, retrieve, vattack};
 use serde_json::to_value;
 
 use super::classify::{RunFlags, What};
@@ -162,15 +163,32 @@ struct Merge {
 
 impl Merge {
     fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
-        let task = self.runs.first().map(|run| Manifest::read(run)).transpose()?;
-        if task.is_some_and(|manifest| manifest.decides["task"] == "coco") {
-            let run = merge(&self.runs, &self.out)?;
-            let summary = radapt::eval::coco::summarise(&run, None)?;
-            print(global, to_value(&summary)?, &row_table(&summary.summary.rows))?;
-            return Ok(ExitCode::SUCCESS);
-        }
-        let summary = summarise(&merge(&self.runs, &self.out)?)?;
-        print(global, to_value(&summary)?, &row_table(&summary.rows))?;
+        let first = self.runs.first().map(|run| Manifest::read(run)).transpose()?;
+        let task = first.as_ref().and_then(|manifest| manifest.decides["task"].as_str());
+        let (runs, out) = (&self.runs[..], self.out.as_path());
+        let (json, text) = match task {
+            Some("coco") => {
+                let summary = coco::summarise(&merge(runs, out)?, None)?;
+                (to_value(&summary)?, row_table(&summary.summary.rows))
+            }
+            Some("retrieve") => {
+                let summary = retrieve::summarise(&merge(runs, out)?)?;
+                (to_value(&summary)?, row_table(&summary.rows))
+            }
+            Some("v-attack") => {
+                let summary = vattack::summarise(&merge(runs, out)?)?;
+                (to_value(&summary)?, super::attack_value::table(&summary.rows))
+            }
+            Some("features") => {
+                let summary = features::summarise(&merge(runs, out)?)?;
+                (to_value(&summary)?, super::attack_features::table(&summary.rows))
+            }
+            _ => {
+                let summary = summarise(&merge(runs, out)?)?;
+                (to_value(&summary)?, row_table(&summary.rows))
+            }
+        };
+        print(global, json, &text)?;
         Ok(ExitCode::SUCCESS)
     }
 }

@@ -63,6 +63,9 @@ pub struct RetrieveCommand {
     /// Go on with the run in --out, if there is one
     #[arg(long)]
     resume: bool,
+    /// Work on shard I of N alone, to be put together with `radapt eval merge`
+    #[arg(long, value_name = "I/N", value_parser = super::classify::parse_shard)]
+    shard: Option<(usize, usize)>,
     /// Pictures worked on together: what a kill loses
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..))]
     batch: u64,
@@ -130,8 +133,8 @@ impl RetrieveCommand {
             "dtype": options.dtype().map(|dtype| dtype.as_str()),
             "device": if device.is_cpu() { "cpu" } else { "gpu" },
         }));
-        let items = set.pictures().len();
-        let mut run = Run::open(&self.out, Manifest::new(decides, None, items), self.resume)?;
+        let items = retrieve.items(self.shard);
+        let mut run = Run::open(&self.out, Manifest::new(decides, self.shard, items), self.resume)?;
         let bar = global.bar("retrieval", items as u64);
         let summary = retrieve.run(&mut run, &mut |done, of| {
             bar.set_length(of as u64);

@@ -116,8 +116,9 @@ impl Score {
 /// Captions and answers of the LLaVA on clean pictures, undefended and defended.
 #[cfg(feature = "engine")]
 fn answered(score: &Score, defense: &DefenseOptions, global: &Global) -> anyhow::Result<Vec<Row>> {
-    use radapt::demo::{Verdict, answers};
+    use radapt::demo::answers;
     use radapt::engine::{Engine, EngineOptions};
+    use radapt::eval::judge::Verdict;
     use radapt::pocket::draw;
 
     let model = Model::find(&score.model, &Lookup::default())?;

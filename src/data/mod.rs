@@ -327,11 +327,7 @@ impl LabelledSet {
         if i == 0 || i > n {
             return Err(Error::argument("shard", "I/N with I from 1 to N", format!("{i}/{n}")));
         }
-        let within = |id: &str| {
-            let hash: [u8; 32] = Sha256::digest(id.as_bytes()).into();
-            let [a, b, c, d, e, f, g, h, ..] = hash;
-            u64::from_le_bytes([a, b, c, d, e, f, g, h]) % n == i - 1
-        };
+        let within = |id: &str| crate::attack::key(id) % n == i - 1;
         self.items.retain(|item| within(&item.id));
         self.defects.retain(|defect| within(&defect.id));
         Ok(self)

@@ -153,8 +153,8 @@ impl<'a> Lead<'a> {
         if let Some(row) = self.attacked {
             let what = if row.task == "vqa" { "answers about attacked" } else { "attacked" };
             notes.push(format!(
-                "In {} of {} {what} pictures, the undefended model names another thing than the one in the picture.",
-                row.other, row.n,
+                "In {} of {} {what} pictures, the undefended model names what the attacker wants it to see.",
+                row.target, row.n,
             ));
         }
         for (row, whom) in

@@ -14,6 +14,5 @@ mod run;
 #[cfg(test)]
 mod sample;
 
-pub use report::Verdict;
 #[cfg(feature = "engine")]
-pub use run::{Demo, Stage, answers, verdict};
+pub use run::{Demo, Stage, answers};

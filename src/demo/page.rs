@@ -4,8 +4,9 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
 use super::headline::{Lead, share, things};
-use super::report::{Answer, Picture, Report, Row, Verdict, Version};
+use super::report::{Answer, Picture, Report, Row, Version};
 use crate::attack::{Eps, Threat, ThreatKind};
+use crate::eval::judge::Verdict;
 use crate::page::{
     DEFENSE, document, escape, printable, prose, shorten, threat_code, two_threats, undefended_or,
 };
@@ -70,7 +71,7 @@ pub fn table(report: &Report) -> String {
             format!("{:.1}", row.value),
             format!("{:.1} to {:.1}", row.low, row.high),
             // Clean pictures have no attacker who could have fooled anyone.
-            if row.attack.is_some() { row.other.to_string() } else { "-".into() },
+            if row.attack.is_some() { row.target.to_string() } else { "-".into() },
         ]);
     }
     for line in &mut lines {
@@ -99,7 +100,7 @@ pub fn table(report: &Report) -> String {
     }
     out.push_str(
         "\nright     answers that name the object in the picture, with the Wilson 95 % interval\n\
-         fooled    answers that name another thing instead\n\
+         fooled    answers that name the attacker's target instead\n\
          transfer  crafted on the undefended model; the attacker does not know of the defence\n\
          adaptive  crafted on the model that answers, with gradients through its defence\n",
     );
@@ -192,18 +193,18 @@ fn gallery(report: &Report, defended: &str) -> String {
     if total > 0 {
         out.push_str(&format!(
             "<p>Every picture is attacked twice. Each time the attacker changes the pixels a little, so \
-             that what the model makes of the picture is driven as far as it will go from what it was. The \
+             that the patches that show the object are taken for those of another: the target. The \
              two attacks differ in what the attacker knows, and their figures must never be mixed:</p>\n\
              <div class=\"threats\">\n\
              <div><h3>Attack 1: does not know of the defence {transfer}</h3><p>The change is crafted on the \
-             undefended model. The very same picture is then shown to the defended one.</p></div>\n\
+             undefended model’s eyes, its CLIP. The very same picture is then shown to the defended one.</p></div>\n\
              <div><h3>Attack 2: knows the defence {adaptive}</h3><p>The change is crafted on the defended \
              model itself, with gradients through the defence. It is shown to that model alone. This is \
              the harder test, and the one a defence has to be judged by.</p></div>\n</div>\n\
              <p class=\"small soft\">How an answer is marked:</p>\n<ul class=\"key\">\n\
              <li>{right} names the object in the picture</li>\n\
-             <li>{fooled} names another thing</li>\n\
-             <li>{lost} names nothing of this world</li>\n<li>{both} names both</li>\n</ul>\n",
+             <li>{fooled} names the attacker’s target</li>\n\
+             <li>{lost} names neither of them</li>\n<li>{both} names both</li>\n</ul>\n",
             transfer = threat_code("transfer"),
             adaptive = threat_code("adaptive"),
             right = pill("right", "right"),
@@ -248,11 +249,13 @@ fn card(number: usize, picture: &Picture, defended: &str) -> String {
     format!(
         "<article class=\"card\" aria-labelledby=\"picture-{number}\">\n<header>\n\
          <h3 id=\"picture-{number}\">{number}. {object}</h3>\n\
-         <p class=\"soft small\">Shown is <q dir=\"auto\">{caption}</q>{asked}</p>\n</header>\n\
+         <p class=\"soft small\">Shown is <q dir=\"auto\">{caption}</q> The attacker wants it taken for: \
+         <b>{target}</b>.{asked}</p>\n</header>\n\
          <div class=\"versions\">\n<section class=\"version clean\">\n\
          <h4>Untouched<span>nobody attacks</span></h4>\n<div class=\"pair one\">\n{clean}</div>\n{says}</section>\n\
          {transfer}{adaptive}</div>\n{more}</article>\n",
         caption = escape(&shorten(&picture.caption, LONGEST)),
+        target = escape(&picture.target),
         asked = asked.unwrap_or_default(),
         clean = image(&picture.clean.png, &format!("Picture of {object}, as drawn"), "As drawn"),
         says = says(picture.clean.undefended.as_deref(), &picture.clean.defended, false, defended),
@@ -292,10 +295,10 @@ fn answer(answer: &Answer, attacked: bool) -> String {
     let verdict = match (answer.verdict, attacked) {
         (Verdict::Original, _) => pill("right", "right"),
         (Verdict::Both, _) => pill("both", "both"),
-        (Verdict::Other, true) => pill("fooled", "fooled"),
+        (Verdict::Target, true) => pill("fooled", "fooled"),
         (Verdict::Neither, true) => pill("lost", "lost"),
         // Nobody has fooled a model that is wrong about an untouched picture.
-        (Verdict::Other | Verdict::Neither, false) => pill("lost", "wrong"),
+        (Verdict::Target | Verdict::Neither, false) => pill("lost", "wrong"),
     };
     format!("{said}{verdict}")
 }
@@ -396,7 +399,7 @@ fn figures(report: &Report) -> String {
             value = row.value,
             low = row.low,
             high = row.high,
-            target = if row.attack.is_some() { row.other.to_string() } else { dash.into() },
+            target = if row.attack.is_some() { row.target.to_string() } else { dash.into() },
         ));
     }
     if task.is_some() {
@@ -405,8 +408,8 @@ fn figures(report: &Report) -> String {
     format!(
         "<section aria-labelledby=\"figures\">\n<h2 id=\"figures\">The figures</h2>\n\
          <div class=\"scroll figures\" role=\"region\" aria-label=\"Table of figures\" tabindex=\"0\">\n<table>\n\
-         <caption>How many answers name the object that is in the picture (right), and how many name another \
-         thing (fooled). The interval is Wilson’s at 95 %. Every attacked row names its threat \
+         <caption>How many answers name the object that is in the picture (right), and how many name the \
+         attacker’s target (fooled). The interval is Wilson’s at 95 %. Every attacked row names its threat \
          model; an undefended model has no defence to know of, so for it both are the same attack.</caption>\n\
          <thead><tr><th scope=\"col\">Model</th><th scope=\"col\">Pictures</th>\
          <th scope=\"col\">Threat model</th><th scope=\"col\" class=\"number\">Right</th>\
@@ -518,7 +521,7 @@ mod tests {
     /// A picture with whose every text is `text`.
     fn picture(text: &str) -> Picture {
         let answers = || {
-            [Verdict::Original, Verdict::Other, Verdict::Both, Verdict::Neither]
+            [Verdict::Original, Verdict::Target, Verdict::Both, Verdict::Neither]
                 .map(|verdict| Answer { question: text.into(), answer: text.into(), verdict })
                 .to_vec()
         };
@@ -526,6 +529,7 @@ mod tests {
             |undefended| Version { png: vec![1, 2, 3], change: vec![4], undefended, defended: answers() };
         Picture {
             object: text.into(),
+            target: text.into(),
             caption: text.into(),
             clean: version(Some(answers())),
             transfer: version(Some(answers())),
@@ -668,7 +672,7 @@ mod tests {
                 let answers = |verdict: Verdict| -> Vec<Answer> {
                     let say = |right: &str, wrong: &str| match verdict {
                         Verdict::Original => right.to_owned(),
-                        Verdict::Other => wrong.to_owned(),
+                        Verdict::Target => wrong.to_owned(),
                         Verdict::Both => format!("{right} {wrong}"),
                         Verdict::Neither => "A green traffic light in the snow.".into(),
                     };
@@ -685,7 +689,7 @@ mod tests {
                     [first].into_iter().chain(rest).collect()
                 };
                 let of =
-                    |i: usize| [Verdict::Original, Verdict::Other, Verdict::Neither, Verdict::Both][i % 4];
+                    |i: usize| [Verdict::Original, Verdict::Target, Verdict::Neither, Verdict::Both][i % 4];
                 let (bare, defended) = attacked.unwrap_or((0, 0));
                 Version {
                     png: png(&picture),
@@ -697,6 +701,7 @@ mod tests {
             let i = index as usize;
             report.pictures.push(Picture {
                 object: scene.name().into(),
+                target: target.into(),
                 caption: scene.caption.clone(),
                 clean: version(None),
                 transfer: version(Some((1, [0, 0, 2, 0, 3, 1][i % 6]))),

@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use crate::attack::Threat;
+use crate::eval::judge::Verdict;
 
 /// Everything a reader is shown.
 #[derive(Debug, Clone, Serialize)]
@@ -45,8 +46,8 @@ pub struct Row {
     pub n: usize,
     /// Answers that name the object.
     pub correct: usize,
-    /// Answers that name another thing instead.
-    pub other: usize,
+    /// Answers that name the attacker's target instead.
+    pub target: usize,
     /// `correct` in percent.
     pub value: f64,
     /// Lower end of the Wilson 95 % interval, in percent.
@@ -60,6 +61,8 @@ pub struct Row {
 pub struct Picture {
     /// What is in it: `apple`.
     pub object: String,
+    /// What the attacker wants it to be taken for: `hammer`.
+    pub target: String,
     /// Its reference caption.
     pub caption: String,
     /// As drawn.
@@ -92,22 +95,8 @@ pub struct Answer {
     pub question: String,
     /// What the model said.
     pub answer: String,
-    /// Whether the answer names the picture's object, another thing, both or neither.
+    /// Whether the answer names the picture's object, the attacker's target, both or neither.
     pub verdict: Verdict,
-}
-
-/// What an answer names.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Verdict {
-    /// The thing in the picture.
-    Original,
-    /// Another thing.
-    Other,
-    /// Both.
-    Both,
-    /// Neither.
-    Neither,
 }
 
 #[cfg(test)]
@@ -124,7 +113,7 @@ mod tests {
             threat,
             n: 1,
             correct: 1,
-            other: 0,
+            target: 0,
             value: 100.0,
             low: 20.7,
             high: 100.0,

@@ -4,12 +4,12 @@ use candle_core::{Device, Tensor};
 use futures::StreamExt;
 use image::{ImageFormat, RgbImage};
 
-use super::report::{Answer, Picture, Report, Row, Verdict, Version};
-use crate::attack::{
-    Crafted, Eps, Feature, FeatureObjective, Maximise, Pgd, Pictures, Subject, Threat, ThreatKind,
-};
+use super::report::{Answer, Picture, Report, Row, Version};
+use crate::attack::vattack::{Crop, Surrogate, VAttack};
+use crate::attack::{Crafted, Eps, Pictures, Subject, Threat, ThreatKind};
 use crate::defense::DefenseOptions;
 use crate::engine::{Engine, EngineOptions, Role, Sampling, Turn};
+use crate::eval::judge::{Case, Verdict, WordJudge};
 use crate::eval::wilson;
 use crate::image::{pixels_from_rgb, rgb_from_pixels};
 use crate::model::{Model, ModelKind};
@@ -24,13 +24,15 @@ use crate::{Error, Result};
 pub struct Demo {
     /// A LLaVA that knows the pocket world.
     pub model: Model,
+    /// The CLIP that pictures are crafted on: the LLaVA's own, so that what is put in fits both.
+    pub surrogate: Model,
     /// The defence to compare the undefended model with.
     pub defense: DefenseOptions,
     /// How many held-out pictures.
     pub pictures: usize,
     /// The largest change of a pixel.
     pub eps: Eps,
-    /// PGD's steps.
+    /// The attack's steps.
     pub steps: usize,
     /// Of the pictures and of the attack.
     pub seed: u64,
@@ -53,28 +55,34 @@ impl Demo {
     /// Draws held-out pictures, attacks them through the vision tower under both threat models, and
     /// asks the undefended and the defended model about all of them.
     ///
-    /// The attack is PGD that drives the features LLaVA reads (the patch tokens of block L - 1) away
-    /// from those of the clean picture, once on the undefended tower (`transfer`) and once through
-    /// the defence (`adaptive`). Adversarial pictures are rounded to
-    /// 8 bits before anybody is asked.
+    /// The attack is V-Attack towards each scene's target, on the surrogate: once undefended
+    /// (`transfer`) and once with the defence put in (`adaptive`). The language model is never
+    /// attacked itself. Adversarial pictures are rounded to 8 bits before anybody is asked.
     ///
     /// # Errors
-    /// If the model cannot be loaded or is no LLaVA, nothing is put in by the defence, or
-    /// `pictures` is 0.
+    /// If a model cannot be loaded, they are no LLaVA and its CLIP, nothing is put in by the
+    /// defence, or `pictures` or the steps are 0.
     pub async fn run(&self, told: &mut dyn FnMut(Stage)) -> Result<Report> {
         let start = Instant::now();
         if self.pictures == 0 {
             return Err(Error::argument("--pictures", "at least 1", 0));
         }
-        if self.model.kind != ModelKind::Llava {
-            let reason = "is no LLaVA-1.5, which the demo asks about its pictures".into();
-            return Err(Error::Model { model: self.model.name.clone(), reason });
+        if self.steps == 0 {
+            return Err(Error::argument("--steps", "at least 1", 0));
         }
-        let preprocess = self.model.preprocess(None)?;
-        let undefended = self.model.tower(&preprocess, None, &Device::Cpu)?;
-        let defense = self.defense.build(&undefended, || self.model.fingerprint())?;
-        let subjects = [Subject::undefended(&self.model.name), Subject::new(&self.model.name, &defense)?];
-        if subjects[1].is_undefended() {
+        for (model, kind, words) in [
+            (&self.model, ModelKind::Llava, "is no LLaVA-1.5, which the demo asks about its pictures"),
+            (&self.surrogate, ModelKind::Clip, "is no CLIP, on which the demo crafts its pictures"),
+        ] {
+            if model.kind != kind {
+                return Err(Error::Model { model: model.name.clone(), reason: words.into() });
+            }
+        }
+        let asked = self.tower(&self.model)?;
+        let size = asked.spec().image_size as u32;
+        let defense = self.defense.build(&asked, || self.model.fingerprint())?;
+        let subject = Subject::new(&self.model.name, &defense)?;
+        if subject.is_undefended() {
             return Err(Error::argument("--anchor", "a defence to compare with", "none"));
         }
         let summary = defense.summary().map(|summary| summary.to_string()).unwrap_or_default();
@@ -83,34 +91,45 @@ impl Demo {
             (Some(_), None) => "gif",
             _ => "fra",
         };
-        let size = undefended.spec().image_size as u32;
+        let clip = self.tower(&self.surrogate)?;
+        let crafted_on = {
+            let defense = self.defense.build(&clip, || self.surrogate.fingerprint())?;
+            let name = &self.surrogate.name;
+            [
+                (clip.clone(), Subject::undefended(name)),
+                (clip.with(defense.inserts()), Subject::new(name, &defense)?),
+            ]
+        };
+        if crafted_on[1].1.digest != subject.digest || clip.spec().image_size as u32 != size {
+            let expected = format!("the CLIP of `{}`, which the same defence is put in", self.model.name);
+            return Err(Error::argument("--surrogate", expected, &self.surrogate.name));
+        }
         let scenes = (0..self.pictures as u64)
             .map(|index| draw(Split::Test, self.seed, index, size))
             .collect::<Result<Vec<_>>>()?;
         let pixels = self.pixels(&scenes)?;
 
+        let text = self.surrogate.text(&Device::Cpu)?;
+        let words: Vec<(String, String)> =
+            scenes.iter().map(|scene| (scene.name().into(), target(scene).into())).collect();
+        let attack = self.attack();
         let crafting = 2 * self.steps as u64;
-        let block = self.model.features()?.0;
-        let defended = undefended.with(defense.inserts());
         let mut done = 0;
-        let mut craft = |tower: &Clip, subject: &Subject| -> Result<Crafted> {
-            let feature = Feature::Patches(block);
-            let objective = FeatureObjective::away_from_clean(tower, subject.clone(), feature, &pixels)?;
+        let mut craft = |(tower, subject): (Clip, Subject)| -> Result<Crafted> {
+            let surrogate = Surrogate::of_words(tower, subject, 1.0, &text, &words)?;
             let pictures = Pictures::new(&pixels, (0..self.pictures as u64).collect())?;
-            let crafted = self.pgd().maximise(&objective, &pictures, self.seed, &mut |progress| {
+            let made = attack.craft(&[surrogate], &pictures, self.seed, &mut |progress| {
                 told(Stage { name: "crafting", done: done + progress.step as u64, all: crafting });
             })?;
             done += self.steps as u64;
-            crafted.quantised(&pixels)
+            made.crafted.quantised(&pixels)
         };
-        let transfer = craft(&undefended, &subjects[0])?;
-        let adaptive = craft(&defended, &subjects[1])?;
-        let threats = [
-            ThreatKind::Transfer.threat(&transfer.recipe().crafted_on, &subjects[1])?,
-            ThreatKind::Adaptive.threat(&adaptive.recipe().crafted_on, &subjects[1])?,
-        ];
-        // The undefended model is attacked with its own gradients.
-        let own = ThreatKind::Adaptive.threat(&transfer.recipe().crafted_on, &subjects[0])?;
+        // To the undefended LLaVA its CLIP is a surrogate. To the defended one, what was crafted on
+        // the CLIP through that very defence is adaptive.
+        let own = Threat::Transfer { surrogate: crafted_on[0].1.to_string() };
+        let threats = [own.clone(), Threat::Adaptive];
+        let [plain, defended] = crafted_on;
+        let (transfer, adaptive) = (craft(plain)?, craft(defended)?);
 
         told(Stage { name: "loading", done: 0, all: 2 });
         let load = |defense: DefenseOptions| {
@@ -162,6 +181,7 @@ impl Demo {
             let said = |answers: &[Vec<Answer>]| answers[i].clone();
             shown.push(Picture {
                 object: scene.name().into(),
+                target: target(scene).into(),
                 caption: scene.caption.clone(),
                 clean: version(&clean[i], &clean[i], Some(said(&plain_clean)), said(&robust_clean))?,
                 transfer: version(
@@ -177,8 +197,8 @@ impl Demo {
             model: self.model.name.clone(),
             defense: summary,
             attack: format!(
-                "PGD, {} steps, driving the patch tokens of block {block} away from those of the clean picture",
-                self.steps
+                "V-Attack, {} steps on the values of the last {} blocks of {}",
+                attack.steps, attack.blocks, self.surrogate.name
             ),
             eps: self.eps.to_string(),
             seed: self.seed,
@@ -189,12 +209,21 @@ impl Demo {
         })
     }
 
-    fn pgd(&self) -> Pgd {
-        Pgd {
+    /// The strongest setting found on the pocket models: the paper's form on whole pictures, on
+    /// several blocks and with momentum.
+    fn attack(&self) -> VAttack {
+        VAttack {
             steps: self.steps,
-            alpha: 4.0 * self.eps.value() / self.steps.max(1) as f64,
-            ..Pgd::new(self.eps)
+            alpha: (4.0 * self.eps.value() / self.steps as f64).max(1.0 / 255.0),
+            blocks: 4,
+            momentum: 0.9,
+            crop: Crop::Whole,
+            ..VAttack::paper(self.eps)
         }
+    }
+
+    fn tower(&self, model: &Model) -> Result<Clip> {
+        model.tower(&model.preprocess(None)?, None, &Device::Cpu)
     }
 
     fn pixels(&self, scenes: &[Scene]) -> Result<Tensor> {
@@ -224,17 +253,17 @@ impl Demo {
         let right = |verdict: &Verdict| *verdict == Verdict::Original;
         // An answer that is wrong on the clean picture is never robust.
         let correct = before.iter().zip(&after).filter(|(a, b)| right(a) && right(b)).count();
-        let other = after.iter().filter(|verdict| **verdict == Verdict::Other).count();
+        let target = after.iter().filter(|verdict| **verdict == Verdict::Target).count();
         let (low, high) = wilson(correct, after.len());
         Row {
             task,
             defense: defense.into(),
-            attack: threat.map(|_| "pgd".into()),
+            attack: threat.map(|_| "v-attack".into()),
             eps: threat.map(|_| self.eps.to_string()),
             threat: threat.cloned(),
             n: after.len(),
             correct,
-            other,
+            target,
             value: 100.0 * correct as f64 / after.len().max(1) as f64,
             low,
             high,
@@ -258,10 +287,14 @@ pub async fn answers(
         std::iter::once(DESCRIBE).chain(questions).map(move |question| (scene, picture, question))
     });
     let sampling = Sampling { max_tokens: 48, ..Sampling::default() };
+    let judge = WordJudge::new()?;
     let answer = async |(scene, picture, question): (&Scene, &RgbImage, &str)| -> Result<Answer> {
         let turn = Turn { role: Role::User, text: question.into(), images: vec![picture.clone()] };
         let answer = engine.answer(&[turn], &sampling).await?.text.trim().to_string();
-        let verdict = verdict(&answer, scene.name());
+        let verdict = judge.verdict(&Case {
+            question: Some(question.into()),
+            ..Case::new(&*answer, scene.name(), target(scene))
+        });
         Ok(Answer { question: question.into(), answer, verdict })
     };
     let mut said = futures::stream::iter(asked).map(answer).buffered(8);
@@ -274,25 +307,9 @@ pub async fn answers(
     Ok(all.chunks(each.max(1)).map(<[Answer]>::to_vec).collect())
 }
 
-/// What an answer names, by whole words: the picture's `object`, or another kind of thing of the
-/// pocket world.
-pub fn verdict(answer: &str, object: &str) -> Verdict {
-    let other = KINDS.iter().any(|kind| kind.name != object && names(answer, kind.name));
-    match (names(answer, object), other) {
-        (true, false) => Verdict::Original,
-        (false, true) => Verdict::Other,
-        (true, true) => Verdict::Both,
-        (false, false) => Verdict::Neither,
-    }
-}
-
-fn names(answer: &str, object: &str) -> bool {
-    let words = |text: &str| -> Vec<String> {
-        let split = text.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty());
-        split.map(str::to_lowercase).collect()
-    };
-    let (answer, object) = (words(answer), words(object));
-    !object.is_empty() && answer.windows(object.len()).any(|window| window == object)
+/// What an attacker wants the scene to be taken for.
+fn target(scene: &Scene) -> &'static str {
+    KINDS[scene.target].name
 }
 
 fn pictures(crafted: &Crafted) -> Result<Vec<RgbImage>> {
@@ -318,17 +335,6 @@ fn png(picture: &RgbImage) -> Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_answer_is_judged_by_whole_words() {
-        assert_eq!(verdict("A red Car, on the sand.", "car"), Verdict::Original);
-        assert_eq!(verdict("A bus.", "car"), Verdict::Other);
-        assert_eq!(verdict("A cartoon.", "car"), Verdict::Neither);
-        assert_eq!(verdict("A car or a bus.", "car"), Verdict::Both);
-        assert_eq!(verdict("A stop sign.", "stop sign"), Verdict::Original);
-        assert_eq!(verdict("A sign to stop.", "stop sign"), Verdict::Neither);
-        assert_eq!(verdict("A pair of scissors.", "saw"), Verdict::Other);
-    }
 
     #[test]
     fn the_change_is_shown_around_grey() {

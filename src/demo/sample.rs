@@ -9,22 +9,22 @@ pub(super) fn row(
     defense: &str,
     threat: Option<ThreatKind>,
     correct: usize,
-    other: usize,
+    target: usize,
     n: usize,
 ) -> Row {
     let (low, high) = wilson(correct, n);
     Row {
         task,
         defense: defense.into(),
-        attack: threat.map(|_| "pgd".into()),
+        attack: threat.map(|_| "v-attack".into()),
         eps: threat.map(|_| "16/255".into()),
         threat: threat.map(|kind| match kind {
-            ThreatKind::Transfer => Threat::Transfer { surrogate: "pocket-llava".into() },
+            ThreatKind::Transfer => Threat::Transfer { surrogate: "pocket-clip".into() },
             ThreatKind::Adaptive => Threat::Adaptive,
         }),
         n,
         correct,
-        other,
+        target,
         value: 100.0 * correct as f64 / n.max(1) as f64,
         low,
         high,
@@ -47,7 +47,7 @@ pub(super) fn report(rows: Vec<Row>) -> Report {
     Report {
         model: "pocket-llava".into(),
         defense: "GIF (cutoff 17.1429) and FRA (anchor training-free, alpha 1.2, beta -0.8)".into(),
-        attack: "PGD, 100 steps of 1/255, away from the clean features".into(),
+        attack: "V-Attack, 100 steps on the values of the last 4 blocks of pocket-clip".into(),
         eps: "16/255".into(),
         command: "radapt demo --seed 7 --out demo.html".into(),
         seed: 7,

@@ -16,10 +16,10 @@ use sha2::{Digest, Sha256};
 use super::judge::{Agreement, Case, LlmAnswer, LlmJudge, Verdict, WordJudge};
 use super::metrics::caption::{CaptionScores, Captioned, score};
 use super::prompts::TaskPrompt;
-use super::run::{Line, Manifest, Run, lines, write_whole};
+use super::run::{Line, Manifest, Run, in_shard, lines, write_whole};
 pub use super::vattack::Source;
 use super::{Attacked, Precision, Row, Summary};
-use crate::attack::{Eps, Subject, Threat, ThreatKind, key};
+use crate::attack::{Eps, Subject, Threat, ThreatKind};
 use crate::data::coco300::ObjectSet;
 use crate::image::{DecodeLimits, decode_file};
 use crate::{Error, Result};
@@ -406,7 +406,7 @@ impl CocoRun<'_> {
             for crafted in std::iter::once(None).chain(sets.map(Some)) {
                 for (row, found) in self.set.rows().iter().enumerate() {
                     // All there is of a picture is in one shard.
-                    let within = shard.is_none_or(|(i, n)| key(&found.image) % n as u64 == i as u64 - 1);
+                    let within = in_shard(shard, &found.image);
                     if self.source.has(row) && within {
                         all.push(Cell { model, crafted, row });
                     }

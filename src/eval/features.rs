@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::classify::{file_name, pictures_folder, save_picture};
-use super::run::{Line, Run, write_whole};
+use super::run::{Line, Run, shard_size, write_whole};
 use crate::attack::{
     Direction, Eps, Feature, FeatureObjective, Maximise, Pgd, Pictures, Settings, Subject, Threat,
     ThreatKind, key, quantise, with_settings,
@@ -134,7 +134,9 @@ pub struct FeatureSummary {
     pub fingerprint: String,
     /// Everything that decides the result.
     pub run: Value,
-    /// Pictures of the run.
+    /// Which shard this is of how many, where it is one.
+    pub shard: Option<(usize, usize)>,
+    /// Pictures of the run, or of the shard.
     pub items: usize,
     /// Those with a line.
     pub done: usize,
@@ -191,17 +193,22 @@ impl<T: Insertable> FeatureAttack<'_, T> {
         run: &mut Run<FeatureLine>,
         told: &mut dyn FnMut(usize, usize),
     ) -> Result<FeatureSummary> {
-        let of = self.set.items().len() + self.set.defects().len();
-        let pending: Vec<usize> = (0..of).filter(|index| !run.has(*index)).collect();
-        for part in pending.chunks(self.batch.max(1)) {
-            told(run.done(), of);
-            let lines = self.lines(part, run)?;
-            run.append(&lines)?;
-        }
-        told(of, of);
-        let summary = self.summary(run)?;
-        write_whole(&run.folder().join("summary.json"), &summary)?;
-        Ok(summary)
+        run.work(self.names(), self.batch, |part, run| {
+            told(run.done(), run.manifest().items);
+            self.lines(part, run)
+        })?;
+        told(run.done(), run.manifest().items);
+        summarise(run)
+    }
+
+    /// The number of items in a shard, or in the whole run.
+    pub fn items(&self, shard: Option<(usize, usize)>) -> usize {
+        shard_size(shard, self.names())
+    }
+
+    fn names(&self) -> impl Iterator<Item = &str> {
+        let items = self.set.items().iter().map(|item| item.id.as_str());
+        items.chain(self.set.defects().iter().map(|defect| defect.id.as_str()))
     }
 
     fn lines(&self, part: &[usize], run: &Run<FeatureLine>) -> Result<Vec<FeatureLine>> {
@@ -288,50 +295,60 @@ impl<T: Insertable> FeatureAttack<'_, T> {
             .collect::<Result<Vec<_>>>()?;
         Ok(Tensor::cat(&parts, 0)?)
     }
+}
 
-    fn summary(&self, run: &Run<FeatureLine>) -> Result<FeatureSummary> {
-        let mut sums = vec![(0usize, 0.0, 0.0, None); self.eps.len()];
-        let (mut done, mut failed) = (0, 0);
-        for line in run.lines()? {
-            let line = line?;
-            done += 1;
-            failed += usize::from(line.error.is_some());
-            for found in &line.attacked {
-                let place = self.eps.iter().position(|eps| *eps == found.eps);
-                if let Some((n, own, plain, threat)) = place.and_then(|i| sums.get_mut(i)) {
-                    *n += 1;
-                    *own += found.cosine;
-                    *plain += found.cosine_undefended;
-                    *threat = Some(found.threat.clone());
-                }
+/// What a run comes to, from its lines and its manifest alone; written as its `summary.json`.
+///
+/// # Errors
+/// If a line is damaged, or the summary cannot be written.
+pub fn summarise(run: &Run<FeatureLine>) -> Result<FeatureSummary> {
+    let mut lines = run.lines()?.collect::<Result<Vec<_>>>()?;
+    // A mean's last bits are its summands' order.
+    lines.sort_by_key(|line| line.index);
+    let manifest = run.manifest();
+    let dataset = manifest.decides.pointer("/dataset/name").and_then(Value::as_str).unwrap_or_default();
+    let mut rows: Vec<FeatureRow> = Vec::new();
+    for found in lines.iter().flat_map(|line| &line.attacked) {
+        let place = match rows.iter().position(|row| row.eps == found.eps) {
+            Some(place) => place,
+            None => {
+                rows.push(FeatureRow {
+                    task: "features".into(),
+                    measure: MEASURE.into(),
+                    dataset: dataset.into(),
+                    defense: found.defense.clone(),
+                    attack: found.attack.clone(),
+                    eps: found.eps,
+                    threat: found.threat.clone(),
+                    pictures: "8-bit".into(),
+                    n: 0,
+                    value: 0.0,
+                    value_undefended: 0.0,
+                });
+                rows.len() - 1
             }
-        }
-        let rows = self.eps.iter().zip(sums).filter_map(|(&eps, (n, own, plain, threat))| {
-            Some(FeatureRow {
-                task: "features".into(),
-                measure: MEASURE.into(),
-                dataset: self.set.name().into(),
-                defense: self.defense.clone(),
-                attack: ATTACK.into(),
-                eps,
-                threat: threat?,
-                pictures: "8-bit".into(),
-                n,
-                value: own / n as f64,
-                value_undefended: plain / n as f64,
-            })
-        });
-        let manifest = run.manifest();
-        Ok(FeatureSummary {
-            schema_version: 1,
-            fingerprint: manifest.fingerprint.clone(),
-            run: manifest.decides.clone(),
-            items: manifest.items,
-            done,
-            failed,
-            rows: rows.collect(),
-        })
+        };
+        let row = &mut rows[place];
+        row.n += 1;
+        row.value += found.cosine;
+        row.value_undefended += found.cosine_undefended;
     }
+    for row in &mut rows {
+        row.value /= row.n as f64;
+        row.value_undefended /= row.n as f64;
+    }
+    let summary = FeatureSummary {
+        schema_version: 1,
+        fingerprint: manifest.fingerprint.clone(),
+        run: manifest.decides.clone(),
+        shard: manifest.shard,
+        items: manifest.items,
+        done: lines.len(),
+        failed: lines.iter().filter(|line| line.error.is_some()).count(),
+        rows,
+    };
+    write_whole(&run.folder().join("summary.json"), &summary)?;
+    Ok(summary)
 }
 
 /// The mean over tokens of the cosine, by picture.

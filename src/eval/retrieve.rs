@@ -6,6 +6,10 @@
 //! if it is found with the clean pictures and with the attacked ones, so that a robust figure is never
 //! above its clean one.
 
+use std::collections::HashMap;
+use std::ops::Range;
+use std::path::Path;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use candle_core::{D, DType, Device, Tensor};
@@ -14,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use super::run::{Line, Run, write_whole};
+use super::run::{Line, Run, shard_size, write_whole};
 pub use super::vattack::Source;
 use super::{Attacked, Precision, Row, Summary};
 use crate::attack::{
@@ -108,6 +112,8 @@ impl Line for RetrieveLine {
 }
 
 const ATTACK: &str = "pgd";
+/// The captions' embeddings in a run's folder.
+const CAPTIONS: &str = "captions.safetensors";
 /// Ranks that count.
 const AT: [usize; 3] = [1, 5, 10];
 
@@ -170,27 +176,41 @@ impl RetrieveRun<'_> {
         if self.texts.dim(0)? != captions {
             return Err(Error::argument("texts", format!("{captions} rows"), self.texts.dim(0)?));
         }
-        let of = self.set.pictures().len();
-        let pending: Vec<usize> = (0..of).filter(|index| !run.has(*index)).collect();
-        for part in pending.chunks(self.batch.max(1)) {
-            told(run.done(), of);
-            let lines = self.lines(part)?;
-            run.append(&lines)?;
-        }
-        told(of, of);
-        let summary = self.summary(run)?;
-        write_whole(&run.folder().join("summary.json"), &summary)?;
-        Ok(summary)
+        self.keep_captions(run.folder())?;
+        run.work(self.names(), self.batch, |part, run| {
+            told(run.done(), run.manifest().items);
+            self.lines(part)
+        })?;
+        told(run.done(), run.manifest().items);
+        summarise(run)
     }
 
-    /// Where each picture's captions are among all.
-    fn places(&self) -> Vec<std::ops::Range<usize>> {
-        let mut start = 0;
-        let place = |n: usize| {
-            start += n;
-            start - n..start
-        };
-        self.set.pictures().iter().map(|picture| picture.captions.len()).map(place).collect()
+    /// The number of items in a shard, or in the whole run.
+    pub fn items(&self, shard: Option<(usize, usize)>) -> usize {
+        shard_size(shard, self.names())
+    }
+
+    fn names(&self) -> impl Iterator<Item = &str> {
+        self.set.pictures().iter().map(|picture| picture.name.as_str())
+    }
+
+    /// Writes the captions' embeddings beside the lines, so that the figures need no model.
+    fn keep_captions(&self, folder: &Path) -> Result<()> {
+        let path = folder.join(CAPTIONS);
+        if path.exists() {
+            return Ok(());
+        }
+        let counts: Vec<u32> = self.set.pictures().iter().map(|p| p.captions.len() as u32).collect();
+        let counts = Tensor::from_vec(counts, self.set.pictures().len(), &Device::Cpu)?;
+        let texts = self.texts.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
+        let all = HashMap::from([("texts", texts), ("captions", counts)]);
+        let beside = folder.join(format!("{CAPTIONS}.part"));
+        candle_core::safetensors::save(&all, &beside)?;
+        std::fs::rename(&beside, &path).map_err(|e| Error::write(&path, e))
+    }
+
+    fn places(&self) -> Vec<Range<usize>> {
+        places(self.set.pictures().iter().map(|picture| picture.captions.len()))
     }
 
     fn lines(&self, part: &[usize]) -> Result<Vec<RetrieveLine>> {
@@ -267,23 +287,56 @@ impl RetrieveRun<'_> {
         }
         Ok(lines)
     }
+}
 
-    fn summary(&self, run: &Run<RetrieveLine>) -> Result<Summary> {
-        let mut all: Vec<RetrieveLine> = run.lines()?.collect::<Result<_>>()?;
-        all.sort_by_key(|line| line.index);
-        let manifest = run.manifest();
-        Ok(Summary {
-            schema_version: Summary::VERSION,
-            fingerprint: manifest.fingerprint.clone(),
-            run: manifest.decides.clone(),
-            shard: manifest.shard,
-            items: manifest.items,
-            done: all.len(),
-            failed: all.iter().filter(|line| line.error.is_some()).count(),
-            rows: figures(self.set.name(), &all, &self.texts, &self.places())?,
-            flags: Vec::new(),
-        })
+/// Where each picture's captions are among all.
+fn places(counts: impl Iterator<Item = usize>) -> Vec<Range<usize>> {
+    let mut start = 0;
+    let place = |n: usize| {
+        start += n;
+        start - n..start
+    };
+    counts.map(place).collect()
+}
+
+/// What a run comes to, from its lines, its captions' embeddings and its manifest alone; written as its
+/// `summary.json`.
+///
+/// # Errors
+/// If a line or the embeddings are damaged, or the summary cannot be written.
+pub fn summarise(run: &Run<RetrieveLine>) -> Result<Summary> {
+    let path = run.folder().join(CAPTIONS);
+    if !path.is_file() {
+        return Err(Error::read(path, std::io::ErrorKind::NotFound.into()));
     }
+    let mut kept = candle_core::safetensors::load(&path, &Device::Cpu)
+        .map_err(|e| Error::config(&path, e.to_string()))?;
+    let mut taken = |name: &str| {
+        kept.remove(name)
+            .ok_or_else(|| Error::config(&path, format!("expected a tensor `{name}`, found none")))
+    };
+    let (texts, counts) = (taken("texts")?, taken("captions")?);
+    let counts = counts.to_vec1::<u32>().map_err(|e| Error::config(&path, e.to_string()))?;
+    let mut all: Vec<RetrieveLine> = run.lines()?.collect::<Result<_>>()?;
+    all.sort_by_key(|line| line.index);
+    let manifest = run.manifest();
+    let dataset = manifest.decides.pointer("/dataset/name").and_then(Value::as_str).unwrap_or_default();
+    let summary = Summary {
+        schema_version: Summary::VERSION,
+        fingerprint: manifest.fingerprint.clone(),
+        run: manifest.decides.clone(),
+        shard: manifest.shard,
+        items: manifest.items,
+        done: all.len(),
+        failed: all.iter().filter(|line| line.error.is_some()).count(),
+        rows: figures(dataset, &all, &texts, &places(counts.into_iter().map(|n| n as usize)))?,
+        flags: match manifest.shard {
+            Some((i, n)) => vec![format!("shard {i}/{n}: found among the shard's own pictures and captions")],
+            None => Vec::new(),
+        },
+    };
+    write_whole(&run.folder().join("summary.json"), &summary)?;
+    Ok(summary)
 }
 
 fn embeds(tower: &Clip, pixels: &Tensor) -> Result<Tensor> {
@@ -330,7 +383,7 @@ pub fn figures(
     dataset: &str,
     all: &[RetrieveLine],
     texts: &Tensor,
-    places: &[std::ops::Range<usize>],
+    places: &[Range<usize>],
 ) -> Result<Vec<Row>> {
     let good: Vec<&RetrieveLine> = all.iter().filter(|line| line.error.is_none()).collect();
     let Some(first) = good.first() else { return Ok(Vec::new()) };
@@ -341,7 +394,7 @@ pub fn figures(
         let expected = || format!("pictures 0 to {}", places.len().saturating_sub(1));
         places.get(line.index).cloned().ok_or_else(|| Error::argument("items.jsonl", expected(), line.index))
     });
-    let own: Vec<std::ops::Range<usize>> = own.collect::<Result<_>>()?;
+    let own: Vec<Range<usize>> = own.collect::<Result<_>>()?;
     let captions: Vec<u32> = own.iter().flat_map(|place| place.clone().map(|at| at as u32)).collect();
     let n = captions.len();
     let texts = texts.index_select(&Tensor::from_vec(captions, n, &Device::Cpu)?, 0)?;

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use crate::attack::{Eps, Flag, Threat};
+use crate::attack::{Eps, Flag, Threat, key};
 use crate::{Error, Result};
 
 const RUN: &str = "run.json";
@@ -326,6 +326,27 @@ impl<L: Line> Run<L> {
         self.done.len()
     }
 
+    /// Gives the items without a line to `make`, `batch` at a time, and appends what comes back.
+    /// `named` are the names of all items of the whole run, of which a shard takes its own.
+    ///
+    /// # Errors
+    /// Those of `make`, or if the lines cannot be written.
+    pub fn work<'a>(
+        &mut self,
+        named: impl Iterator<Item = &'a str>,
+        batch: usize,
+        mut make: impl FnMut(&[usize], &Self) -> Result<Vec<L>>,
+    ) -> Result<()> {
+        let shard = self.manifest.shard;
+        let own = named.enumerate().filter(|(_, name)| in_shard(shard, name)).map(|(index, _)| index);
+        let pending: Vec<usize> = own.filter(|index| !self.has(*index)).collect();
+        for part in pending.chunks(batch.max(1)) {
+            let lines = make(part, self)?;
+            self.append(&lines)?;
+        }
+        Ok(())
+    }
+
     /// Appends lines and waits until they are on the disk.
     ///
     /// # Errors
@@ -407,8 +428,18 @@ pub(crate) fn write_whole(path: &Path, value: &impl Serialize) -> Result<()> {
     std::fs::rename(&beside, path).map_err(|e| Error::write(path, e))
 }
 
+/// How many of these items are in a shard; all where there is none.
+pub fn shard_size<'a>(shard: Option<(usize, usize)>, named: impl Iterator<Item = &'a str>) -> usize {
+    named.filter(|name| in_shard(shard, name)).count()
+}
+
+/// Whether an item of this name is in a shard; all are where there is none.
+pub fn in_shard(shard: Option<(usize, usize)>, name: &str) -> bool {
+    shard.is_none_or(|(i, n)| key(name) % n.max(1) as u64 + 1 == i as u64)
+}
+
 /// Puts the shards of one run together in `out`, in the order of the data set, and says what it
-/// holds.
+/// holds. Pictures and what else lies beside the shards' lines is linked or copied.
 ///
 /// # Errors
 /// If they are not of one run, one is missing, comes twice or is not complete, an item is in two
@@ -474,7 +505,34 @@ pub fn merge<L: Line>(shards: &[PathBuf], out: &Path) -> Result<Run<L>> {
     for part in all.chunks(1000) {
         run.append(part)?;
     }
+    for (folder, _) in &manifests {
+        for kept in KEPT {
+            take_over(&folder.join(kept), &out.join(kept))?;
+        }
+    }
     Ok(run)
+}
+
+/// What lies in a run's folder beside its lines and belongs to the merged run too.
+const KEPT: [&str; 3] = ["pictures", "maps", "captions.safetensors"];
+
+/// Puts a file, or all of a folder's, where the merged run has it; a link where the disk allows it.
+fn take_over(from: &Path, to: &Path) -> Result<()> {
+    if from.is_file() {
+        if !to.exists() && std::fs::hard_link(from, to).is_err() {
+            std::fs::copy(from, to).map_err(|e| Error::write(to, e))?;
+        }
+        return Ok(());
+    }
+    if !from.is_dir() {
+        return Ok(());
+    }
+    std::fs::create_dir_all(to).map_err(|e| Error::write(to, e))?;
+    for entry in std::fs::read_dir(from).map_err(|e| Error::read(from, e))? {
+        let name = entry.map_err(|e| Error::read(from, e))?.file_name();
+        take_over(&from.join(&name), &to.join(&name))?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

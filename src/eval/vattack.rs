@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::classify::{file_name, pictures_folder, save_picture};
-use super::run::{Line, Run, write_whole};
+use super::run::{Line, Run, shard_size, write_whole};
 use super::wilson;
 use crate::attack::vattack::{Surrogate, VAttack, map_of_mask, map_of_perturbation};
 use crate::attack::{
@@ -230,7 +230,9 @@ pub struct VAttackSummary {
     pub fingerprint: String,
     /// Everything that decides the result.
     pub run: Value,
-    /// Rows of the set.
+    /// Which shard this is of how many, where it is one.
+    pub shard: Option<(usize, usize)>,
+    /// Rows of the set, or of the shard.
     pub items: usize,
     /// Those with a line.
     pub done: usize,
@@ -293,18 +295,22 @@ impl VAttackRun<'_> {
         run: &mut Run<VAttackLine>,
         told: &mut dyn FnMut(usize, usize, f64),
     ) -> Result<VAttackSummary> {
-        let of = self.set.rows().len();
-        let pending: Vec<usize> = (0..of).filter(|index| !run.has(*index)).collect();
-        for part in pending.chunks(self.batch.max(1)) {
-            let done = run.done();
+        run.work(self.names(), self.batch, |part, run| {
+            let (done, of) = (run.done(), run.manifest().items);
             told(done, of, 0.0);
-            let lines = self.lines(part, run, &mut |share| told(done, of, share))?;
-            run.append(&lines)?;
-        }
-        told(of, of, 0.0);
-        let summary = self.summary(run)?;
-        write_whole(&run.folder().join("summary.json"), &summary)?;
-        Ok(summary)
+            self.lines(part, run, &mut |share| told(done, of, share))
+        })?;
+        told(run.done(), run.manifest().items, 0.0);
+        summarise(run)
+    }
+
+    /// The number of items in a shard, or in the whole run.
+    pub fn items(&self, shard: Option<(usize, usize)>) -> usize {
+        shard_size(shard, self.names())
+    }
+
+    fn names(&self) -> impl Iterator<Item = &str> {
+        self.set.rows().iter().map(|row| row.image.as_str())
     }
 
     fn lines(
@@ -410,20 +416,29 @@ impl VAttackRun<'_> {
         let found = task.predictions(pixels)?;
         Ok(found.into_iter().filter_map(|class| self.classes.get(class).cloned()).collect())
     }
+}
 
-    fn summary(&self, run: &Run<VAttackLine>) -> Result<VAttackSummary> {
-        let lines = run.lines()?.collect::<Result<Vec<_>>>()?;
-        let manifest = run.manifest();
-        Ok(VAttackSummary {
-            schema_version: 1,
-            fingerprint: manifest.fingerprint.clone(),
-            run: manifest.decides.clone(),
-            items: manifest.items,
-            done: lines.len(),
-            failed: lines.iter().filter(|line| line.error.is_some()).count(),
-            rows: rows(&lines, self.set.name(), &self.target.1),
-        })
-    }
+/// What a run comes to, from its lines and its manifest alone; written as its `summary.json`.
+///
+/// # Errors
+/// If a line is damaged, or the summary cannot be written.
+pub fn summarise(run: &Run<VAttackLine>) -> Result<VAttackSummary> {
+    let mut lines = run.lines()?.collect::<Result<Vec<_>>>()?;
+    lines.sort_by_key(|line| line.index);
+    let manifest = run.manifest();
+    let text = |at: &str| manifest.decides.pointer(at).and_then(Value::as_str).unwrap_or_default();
+    let summary = VAttackSummary {
+        schema_version: 1,
+        fingerprint: manifest.fingerprint.clone(),
+        run: manifest.decides.clone(),
+        shard: manifest.shard,
+        items: manifest.items,
+        done: lines.len(),
+        failed: lines.iter().filter(|line| line.error.is_some()).count(),
+        rows: rows(&lines, text("/dataset/name"), text("/defense/name")),
+    };
+    write_whole(&run.folder().join("summary.json"), &summary)?;
+    Ok(summary)
 }
 
 /// The figures of a run's lines, clean ones first: of the model under attack, `defense`, and of the
