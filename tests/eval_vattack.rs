@@ -166,7 +166,12 @@ fn shards_make_the_whole(folder: &Path, command: &[&str]) {
     };
     let merged = merge(&["3", "1", "2"], "merged");
     assert!(merged.status.success(), "{}", String::from_utf8_lossy(&merged.stderr));
-    assert_eq!(bytes(&folder.join("whole")), bytes(&folder.join("merged")));
+    let (whole, merged) = (bytes(&folder.join("whole")), bytes(&folder.join("merged")));
+    let names = |all: &[(PathBuf, Vec<u8>)]| all.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
+    assert_eq!(names(&whole), names(&merged));
+    for ((name, whole), (_, merged)) in whole.iter().zip(&merged) {
+        assert!(whole == merged, "{}", name.display());
+    }
     let less = merge(&["1", "3"], "less");
     assert!(String::from_utf8_lossy(&less.stderr).contains("2/3"));
 }

@@ -6,7 +6,7 @@ use image::{ImageFormat, RgbImage};
 
 use super::report::{Answer, Picture, Report, Row, Version};
 use crate::attack::vattack::{Crop, Surrogate, VAttack};
-use crate::attack::{Crafted, Eps, Pictures, Subject, Threat, ThreatKind};
+use crate::attack::{Crafted, Eps, Pictures, Subject, Threat};
 use crate::defense::DefenseOptions;
 use crate::engine::{Engine, EngineOptions, Role, Sampling, Turn};
 use crate::eval::judge::{Case, Verdict, WordJudge};

@@ -358,10 +358,15 @@ impl<L: Line> Run<L> {
             text += &serde_json::to_string(line).map_err(|e| Error::config(&path, e.to_string()))?;
             text.push('\n');
         }
-        self.items.write_all(text.as_bytes()).map_err(|e| Error::write(&path, e))?;
-        self.items.sync_data().map_err(|e| Error::write(&path, e))?;
+        self.append_text(&text)?;
         self.done.extend(lines.iter().map(L::index));
         Ok(())
+    }
+
+    fn append_text(&mut self, text: &str) -> Result<()> {
+        let path = self.folder.join(ITEMS);
+        self.items.write_all(text.as_bytes()).map_err(|e| Error::write(&path, e))?;
+        self.items.sync_data().map_err(|e| Error::write(&path, e))
     }
 
     /// Its lines, one at a time.
@@ -378,11 +383,17 @@ impl<L: Line> Run<L> {
 /// # Errors
 /// If the file cannot be opened; each line if it is damaged.
 pub fn lines<L: Line>(folder: &Path) -> Result<impl Iterator<Item = Result<L>> + use<L>> {
+    Ok(texts(folder)?.map(|found| Ok(found?.1)))
+}
+
+/// The same, each with its text.
+fn texts<L: Line>(folder: &Path) -> Result<impl Iterator<Item = Result<(String, L)>> + use<L>> {
     let path = folder.join(ITEMS);
     let file = File::open(&path).map_err(|e| Error::read(&path, e))?;
     Ok(BufReader::new(file).lines().enumerate().map(move |(i, line)| {
         let line = line.map_err(|e| Error::read(&path, e))?;
-        parse(&line, i + 1, &path)
+        let found = parse(&line, i + 1, &path)?;
+        Ok((line, found))
     }))
 }
 
@@ -483,18 +494,23 @@ pub fn merge<L: Line>(shards: &[PathBuf], out: &Path) -> Result<Run<L>> {
             format!("none that is {}/{of}", missing + 1),
         ));
     }
-    let mut all: Vec<L> = Vec::new();
+    // The texts are taken over as they are: read and written again, numbers can lose their last bit.
+    let mut all: Vec<(String, L)> = Vec::new();
     for (folder, manifest) in &manifests {
-        let found = lines(folder)?.collect::<Result<Vec<_>>>()?;
+        let found = texts(folder)?.collect::<Result<Vec<_>>>()?;
         if found.len() != manifest.items {
             let reason = format!("not complete: {} of {} items", found.len(), manifest.items);
             return Err(Error::config(*folder, reason));
         }
         all.extend(found);
     }
-    all.sort_by_key(L::index);
-    if let Some(pair) = all.windows(2).find(|pair| pair[0].index() == pair[1].index()) {
-        return Err(Error::argument("runs", "every item once", format!("`{}` in two shards", pair[0].id())));
+    all.sort_by_key(|(_, line)| line.index());
+    if let Some(pair) = all.windows(2).find(|pair| pair[0].1.index() == pair[1].1.index()) {
+        return Err(Error::argument(
+            "runs",
+            "every item once",
+            format!("`{}` in two shards", pair[0].1.id()),
+        ));
     }
     let expected = first.decides.pointer("/dataset/items").and_then(Value::as_u64);
     if let Some(expected) = expected.filter(|&expected| expected != all.len() as u64) {
@@ -502,9 +518,8 @@ pub fn merge<L: Line>(shards: &[PathBuf], out: &Path) -> Result<Run<L>> {
     }
     let manifest = Manifest::new(first.decides.clone(), None, all.len());
     let mut run = Run::open(out, manifest, false)?;
-    for part in all.chunks(1000) {
-        run.append(part)?;
-    }
+    run.append_text(&all.iter().flat_map(|(text, _)| [text.as_str(), "\n"]).collect::<String>())?;
+    run.done = all.iter().map(|(_, line)| line.index()).collect();
     for (folder, _) in &manifests {
         for kept in KEPT {
             take_over(&folder.join(kept), &out.join(kept))?;
