@@ -291,3 +291,36 @@ fn the_pocket_model_is_asked_through_the_binary() {
     let stderr = String::from_utf8_lossy(&missing.stderr);
     assert!(stderr.contains("--crafted") && missing.status.code() == Some(2), "{stderr}");
 }
+
+#[cfg(feature = "engine")]
+#[test]
+fn the_released_pictures_go_through_the_whole_pipeline() {
+    let shared = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data/coco");
+    if !shared.is_dir() {
+        println!("SKIPPED: {} is not there", shared.display());
+        return;
+    }
+    let files = tempfile::tempdir().unwrap();
+    let (attack, out) = (files.path().join("attack"), files.path().join("run"));
+    let pictures = shared.join("v-attack");
+    #[rustfmt::skip]
+    let made = json_of(&[
+        "attack", "v-attack", "--data", text(&shared), "--pictures", text(&pictures), "--threat", "transfer",
+        "--eps", "16/255", "--steps", "2", "--out", text(&attack), "--json", "-q",
+    ]);
+    assert_eq!((&made["items"], &made["failed"]), (&json!(4), &json!(0)));
+    // A LLaVA of random weights: the way of a picture is tested, not what is said of it.
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/llava/v5");
+    #[rustfmt::skip]
+    let found = json_of(&[
+        "eval", "coco", "--model", model, "--data", text(&shared), "--pictures", text(&pictures), "--crafted",
+        text(&attack), "--anchor", "training-free", "--out", text(&out), "--json", "-q",
+    ]);
+    // Four pictures, two models, clean and attacked; four responses each.
+    assert_eq!((&found["items"], &found["failed"]), (&json!(16), &json!(0)));
+    assert_eq!(found["missing"].as_array().unwrap().len(), 296);
+    let counted: u64 = found["rows"].as_array().unwrap().iter().map(|row| row["n"].as_u64().unwrap()).sum();
+    assert_eq!(counted, 64);
+    let lines = std::fs::read_to_string(out.join("items.jsonl")).unwrap();
+    assert_eq!(lines.lines().count(), 16);
+}

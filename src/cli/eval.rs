@@ -8,12 +8,12 @@ use radapt::attack::{Eps, ThreatChoice};
 use radapt::defense::{AnchorChoice, DefenseOptions};
 use radapt::eval::classify::summarise;
 use radapt::eval::run::{Manifest, merge};
-use radapt::eval::{coco, features, retrieve, vattack};
+use radapt::eval::{coco, features, questions, retrieve, vattack};
 use serde_json::to_value;
 
 use super::classify::{RunFlags, What};
 use super::options::{DefenseFlags, argument};
-use super::row_table::row_table;
+use super::row_table::{question_table, row_table};
 use super::{Global, print};
 
 /// Measure how robust a model is
@@ -31,6 +31,8 @@ enum EvalCommand {
     Sweep(Box<super::eval_sweep::SweepCommand>),
     #[cfg(feature = "engine")]
     Coco(Box<super::eval_coco::CocoCommand>),
+    #[cfg(feature = "engine")]
+    Vqa(Box<super::eval_vqa::VqaCommand>),
     Retrieve(Box<super::eval_retrieve::RetrieveCommand>),
     Judge(super::eval_judge::Judge),
     /// Put the shards of a run together
@@ -46,6 +48,8 @@ impl Eval {
             EvalCommand::Sweep(command) => command.run(global),
             #[cfg(feature = "engine")]
             EvalCommand::Coco(command) => command.run(global),
+            #[cfg(feature = "engine")]
+            EvalCommand::Vqa(command) => command.run(global),
             EvalCommand::Retrieve(command) => command.run(global),
             EvalCommand::Judge(command) => command.run(global),
             EvalCommand::Merge(command) => command.run(global),
@@ -174,6 +178,10 @@ impl Merge {
             Some("retrieve") => {
                 let summary = retrieve::summarise(&merge(runs, out)?)?;
                 (to_value(&summary)?, row_table(&summary.rows))
+            }
+            Some("questions") => {
+                let summary = questions::summarise(&merge(runs, out)?)?;
+                (to_value(&summary)?, question_table(&summary.rows))
             }
             Some("v-attack") => {
                 let summary = vattack::summarise(&merge(runs, out)?)?;

@@ -4,13 +4,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
-use futures::StreamExt;
-use radapt::attack::Subject;
 use radapt::data::coco::Coco;
 use radapt::data::coco300::ObjectSet;
-use radapt::defense::{Defense, DefenseOptions};
-use radapt::engine::{Engine, EngineOptions, Role, Sampling, Turn};
-use radapt::eval::coco::{Asked, CocoRun, CocoSummary, CraftedSet, Source, Speaker, Spoken};
+use radapt::eval::coco::{CocoRun, CocoSummary, CraftedSet, Source};
 use radapt::eval::prompts;
 use radapt::eval::run::{Manifest, Run};
 use radapt::eval::select::select;
@@ -18,11 +14,11 @@ use radapt::model::Model;
 use radapt::pocket::SIDES;
 use serde_json::{json, to_value};
 
-use super::classify::short_name;
 use super::eval::defenses;
 use super::eval_judge::JudgeFlags;
 use super::options::{DefenseFlags, ModelOptions, PictureLimits, argument, pocket_split};
 use super::row_table::row_table;
+use super::speakers::Speakers;
 use super::{Global, print};
 
 /// Captions and answers about pictures with a known object, clean and adversarial, undefended and
@@ -96,25 +92,6 @@ pub struct CocoCommand {
     limits: PictureLimits,
 }
 
-/// The engine, asked about several pictures at once.
-struct Loaded {
-    engine: Engine,
-    runtime: std::rc::Rc<tokio::runtime::Runtime>,
-}
-
-impl Speaker for Loaded {
-    fn answers(&self, asked: &[Asked<'_>]) -> radapt::Result<Vec<Result<String, String>>> {
-        let answer = async |asked: &Asked<'_>| {
-            let turn =
-                Turn { role: Role::User, text: asked.prompt.clone(), images: vec![asked.picture.clone()] };
-            let sampling = Sampling { max_tokens: asked.max_tokens, ..Sampling::default() };
-            let found = self.engine.answer(&[turn], &sampling).await;
-            found.map(|answer| answer.text.trim().to_string()).map_err(|e| e.to_string())
-        };
-        Ok(self.runtime.block_on(futures::stream::iter(asked).map(answer).buffered(16).collect()))
-    }
-}
-
 impl CocoCommand {
     pub fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
         if let Some(n) = self.select {
@@ -125,35 +102,13 @@ impl CocoCommand {
             crafted.collect::<radapt::Result<Vec<_>>>()?.into_iter().flatten().collect();
         let model = self.model.find()?;
         let (set, source) = self.set(&model)?;
-        let size = crafted.first().map(|set| set.size);
-        let options = defenses(&self.defense, &self.also, self.defended_only)?;
-        let models = options
-            .iter()
-            .map(|(name, options)| {
-                let defense = self.build(&model, options, size)?;
-                let name = name.clone().unwrap_or_else(|| short_name(&defense));
-                Ok(Spoken { defense: name, subject: Subject::new(&model.name, &defense)? })
-            })
-            .collect::<radapt::Result<Vec<_>>>()?;
-        for (i, spoken) in models.iter().enumerate() {
-            if models.iter().take(i).any(|other| other.defense == spoken.defense) {
-                return Err(argument(
-                    "--also",
-                    "defences that are called by different names",
-                    &spoken.defense,
-                )
-                .into());
-            }
-        }
-        for set in &crafted {
-            if models.iter().all(|spoken| set.threat(&spoken.subject).is_none()) {
-                let expected = format!(
-                    "a model with the defence of {}, which its pictures were crafted on",
-                    set.surrogate
-                );
-                return Err(argument("--crafted", &expected, &set.folder.display().to_string()).into());
-            }
-        }
+        let speakers = Speakers::new(
+            &model,
+            &self.model,
+            self.isq.clone(),
+            defenses(&self.defense, &self.also, self.defended_only)?,
+            &crafted,
+        )?;
         let references = match (&self.captions, &source) {
             (Some(file), _) => {
                 let coco = Coco::captions_alone(file)?;
@@ -168,7 +123,7 @@ impl CocoCommand {
             set: &set,
             source,
             limits: self.limits.limits(),
-            models,
+            models: speakers.spoken().to_vec(),
             crafted,
             caption: prompts::caption(&self.caption_prompt)?,
             question: prompts::question(&self.question_prompt)?,
@@ -177,31 +132,11 @@ impl CocoCommand {
             seed: global.seed,
         };
         let llm = self.judge.llm(Some(&self.out.join("judge.jsonl")))?;
-        let decides = coco.decides(json!({
-            "model": { "name": model.name, "revision": model.revision, "digest": model.digest()? },
-            "contract": self.model.contract.map(|contract| contract.to_string()),
-            "dtype": self.model.dtype().map(|dtype| dtype.as_str()),
-            "isq": self.isq,
-            "device": self.model.device.split(':').next(),
-        }));
+        let decides = coco.decides(speakers.decides()?);
         let manifest = Manifest::new(decides, self.shard, coco.items(self.shard));
         let mut run = Run::open(&self.out, manifest, self.resume)?;
-        let runtime = std::rc::Rc::new(tokio::runtime::Runtime::new()?);
-        let device = self.model.device()?;
-        let mut load = |i: usize| -> radapt::Result<Box<dyn Speaker>> {
-            let defense = options.get(i).map(|(_, options)| options.clone()).unwrap_or_default();
-            let options = EngineOptions {
-                defense,
-                contract: self.model.contract,
-                dtype: self.model.dtype(),
-                isq: self.isq.clone(),
-                ..EngineOptions::new(device.clone())
-            };
-            let engine = runtime.block_on(Engine::load(model.clone(), options))?;
-            Ok(Box::new(Loaded { engine, runtime: runtime.clone() }))
-        };
         let bar = global.bar("", 0);
-        let summary = coco.run(&mut run, &mut load, llm.as_ref(), &mut |done| {
+        let summary = coco.run(&mut run, &mut |i| speakers.load(i), llm.as_ref(), &mut |done| {
             bar.set_length(done.of as u64);
             bar.set_position(done.done as u64);
             bar.set_message(format!("asking, defence {}", done.defense));
@@ -228,23 +163,6 @@ impl CocoCommand {
                 self.out.join("items.jsonl").display()
             ));
         }
-    }
-
-    /// The defence in numbers, at the size of the adversarial pictures where the tower takes any.
-    fn build(
-        &self,
-        model: &Model,
-        options: &DefenseOptions,
-        size: Option<(usize, usize)>,
-    ) -> radapt::Result<Defense> {
-        let device = self.model.device()?;
-        let preprocess = model.preprocess(self.model.contract)?;
-        if model.kind.is_qwen() {
-            let (height, width) = size.unwrap_or((448, 448));
-            let tower = model.qwen(&preprocess, None, &device)?.at(height, width)?;
-            return options.build(&tower, || model.fingerprint());
-        }
-        options.build(&model.tower(&preprocess, None, &device)?, || model.fingerprint())
     }
 
     fn set(&self, model: &Model) -> radapt::Result<(ObjectSet, Source)> {

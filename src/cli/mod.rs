@@ -23,6 +23,8 @@ mod eval_judge;
 mod eval_report;
 mod eval_retrieve;
 mod eval_sweep;
+#[cfg(feature = "engine")]
+mod eval_vqa;
 mod features;
 mod options;
 mod pocket;
@@ -31,6 +33,8 @@ mod pocket_train;
 mod row_table;
 #[cfg(feature = "engine")]
 mod serve;
+#[cfg(feature = "engine")]
+mod speakers;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;

@@ -1,6 +1,7 @@
 //! Figures as a table on a terminal.
 
 use radapt::eval::Row;
+use radapt::eval::questions::QuestionRow;
 
 /// One line per figure, its threat model always among them.
 pub fn row_table(rows: &[Row]) -> String {
@@ -29,4 +30,30 @@ pub fn row_table(rows: &[Row]) -> String {
         ));
     }
     lines.join("\n")
+}
+
+/// The same of questions with known answers.
+pub fn question_table(rows: &[QuestionRow]) -> String {
+    let name = rows.iter().map(|row| row.defense.len()).max().unwrap_or(0).max(9);
+    let mut text = vec![format!(
+        "{:6} {:name$} {:8} {:7} {:9} {:>6} {:>9} {:>16}  {}",
+        "task", "defence", "attack", "eps", "threat", "n", "accuracy", "95 % interval", "POPE"
+    )];
+    text.extend(rows.iter().map(|row| {
+        let attacked = row.attacked.as_ref();
+        let pope = row.pope.map(|p| format!("F1 {:.1}, yes {:.1} %, as answered", p.f1, p.yes_ratio));
+        format!(
+            "{:6} {:name$} {:8} {:7} {:9} {:>6} {:>7.1} % {:>16}  {}",
+            row.task,
+            row.defense,
+            attacked.map_or("clean", |a| &a.attack),
+            attacked.map_or("-".into(), |a| a.eps.to_string()),
+            attacked.map_or("-".into(), |a| a.threat.to_string()),
+            row.n,
+            row.value,
+            format!("{:.1} to {:.1} %", row.low, row.high),
+            pope.unwrap_or_else(|| "-".into())
+        )
+    }));
+    text.join("\n")
 }

@@ -27,6 +27,7 @@ mod folder;
 mod names;
 mod open;
 mod pickle;
+pub mod questions;
 pub mod registry;
 mod stl10;
 

@@ -187,6 +187,34 @@ impl CraftedSet {
     }
 }
 
+impl CraftedSet {
+    /// What made these pictures, as a figure of this model says it; `None` if they were made for
+    /// another one.
+    pub fn attacked(&self, subject: &Subject) -> Option<CocoAttack> {
+        let threat = self.threat(subject)?;
+        Some(CocoAttack { attack: self.attack.clone(), eps: self.eps, threat })
+    }
+
+    /// The file of the adversarial picture of this name.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn picture(&self, name: &str) -> Result<&Path> {
+        self.pictures.get(name).map(PathBuf::as_path).ok_or_else(|| {
+            let found = format!("none in `{}`", self.folder.display());
+            Error::argument("adversarial picture", format!("one of `{name}`"), found)
+        })
+    }
+
+    /// What of it decides a result.
+    pub(super) fn decides(&self) -> Value {
+        json!({
+            "fingerprint": self.fingerprint, "attack": self.attack, "eps": self.eps, "threat": self.kind,
+            "surrogate": self.surrogate,
+        })
+    }
+}
+
 /// An evaluation: every model is asked about every picture it has a threat model for.
 pub struct CocoRun<'a> {
     /// Objects, targets, questions.
@@ -378,12 +406,7 @@ impl CocoRun<'_> {
             "defenses": self.models.iter()
                 .map(|model| json!({ "name": model.defense, "subject": model.subject }))
                 .collect::<Vec<_>>(),
-            "crafted": self.crafted.iter()
-                .map(|set| json!({
-                    "fingerprint": set.fingerprint, "attack": set.attack, "eps": set.eps, "threat": set.kind,
-                    "surrogate": set.surrogate,
-                }))
-                .collect::<Vec<_>>(),
+            "crafted": self.crafted.iter().map(CraftedSet::decides).collect::<Vec<_>>(),
             "prompts": { "caption": self.caption, "question": self.question },
             "decoding": "greedy",
             "judge": "words",
@@ -456,23 +479,11 @@ impl CocoRun<'_> {
         summarise(run, llm)
     }
 
-    fn attack_of(&self, cell: Cell) -> Option<CocoAttack> {
-        let set = self.crafted.get(cell.crafted?)?;
-        let threat = set.threat(&self.models[cell.model].subject)?;
-        Some(CocoAttack { attack: set.attack.clone(), eps: set.eps, threat })
-    }
-
     fn picture(&self, cell: Cell) -> Result<RgbImage> {
-        let Some(set) = cell.crafted.and_then(|i| self.crafted.get(i)) else {
-            return self.source.picture(cell.row, &self.set.rows()[cell.row].image, &self.limits);
-        };
         let name = &self.set.rows()[cell.row].image;
-        match set.pictures.get(name) {
-            Some(path) => decode_file(path, &self.limits),
-            None => {
-                let found = format!("none in `{}`", set.folder.display());
-                Err(Error::argument("adversarial picture", format!("one of `{name}`"), found))
-            }
+        match cell.crafted.and_then(|i| self.crafted.get(i)) {
+            Some(set) => decode_file(set.picture(name)?, &self.limits),
+            None => self.source.picture(cell.row, name, &self.limits),
         }
     }
 
@@ -530,7 +541,8 @@ impl CocoRun<'_> {
 
     fn line(&self, cell: Cell, error: Option<String>) -> CocoLine {
         let row = &self.set.rows()[cell.row];
-        let attacked = self.attack_of(cell);
+        let set = cell.crafted.and_then(|i| self.crafted.get(i));
+        let attacked = set.and_then(|set| set.attacked(&self.models[cell.model].subject));
         let kind =
             attacked.as_ref().map_or("clean".to_string(), |a| format!("{} {} {}", a.attack, a.eps, a.threat));
         let defense = self.models[cell.model].defense.clone();

@@ -6,6 +6,7 @@ pub mod features;
 pub mod judge;
 pub mod metrics;
 pub mod prompts;
+pub mod questions;
 pub mod report;
 pub mod retrieve;
 mod row;

@@ -1,6 +1,6 @@
 //! POPE (arXiv 2305.10355): is an object there, yes or no?
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Whether an answer says yes, as the LLaVA and FARE scripts read it: its first sentence, commas left
 /// out, says no if one of its words is `No`, `not` or `no`; everything else says yes, silence too.
@@ -10,7 +10,7 @@ pub fn says_yes(answer: &str) -> bool {
 }
 
 /// POPE's figures over one of its splits; yes is the positive class. Shares are in percent.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Pope {
     /// Questions.
     pub n: usize,
