@@ -27,7 +27,7 @@ pub struct Demo {
     #[arg(long, value_name = "EPS", default_value = "16/255")]
     eps: Eps,
     /// Steps of the attack
-    #[arg(long, value_name = "N", default_value_t = 100)]
+    #[arg(long, value_name = "N", default_value_t = 50)]
     steps: usize,
     /// Where to write the page
     #[arg(long, value_name = "FILE", default_value = "radapt-demo.html")]

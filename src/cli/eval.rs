@@ -8,7 +8,7 @@ use radapt::attack::{Eps, ThreatChoice};
 use radapt::defense::{AnchorChoice, DefenseOptions};
 use radapt::eval::classify::summarise;
 use radapt::eval::run::{Manifest, merge};
-use radapt::eval::{coco, features, questions, retrieve, vattack};
+use radapt::eval::{coco, features, questions, retrieve, suspicion, vattack};
 use serde_json::to_value;
 
 use super::classify::{RunFlags, What};
@@ -34,6 +34,7 @@ enum EvalCommand {
     #[cfg(feature = "engine")]
     Vqa(Box<super::eval_vqa::VqaCommand>),
     Retrieve(Box<super::eval_retrieve::RetrieveCommand>),
+    Suspicion(Box<super::eval_suspicion::SuspicionCommand>),
     Judge(super::eval_judge::Judge),
     /// Put the shards of a run together
     Merge(Merge),
@@ -51,6 +52,7 @@ impl Eval {
             #[cfg(feature = "engine")]
             EvalCommand::Vqa(command) => command.run(global),
             EvalCommand::Retrieve(command) => command.run(global),
+            EvalCommand::Suspicion(command) => command.run(global),
             EvalCommand::Judge(command) => command.run(global),
             EvalCommand::Merge(command) => command.run(global),
             EvalCommand::Report(command) => command.run(global),
@@ -182,6 +184,10 @@ impl Merge {
             Some("questions") => {
                 let summary = questions::summarise(&merge(runs, out)?)?;
                 (to_value(&summary)?, question_table(&summary.rows))
+            }
+            Some("suspicion") => {
+                let summary = suspicion::summarise(&merge(runs, out)?)?;
+                (to_value(&summary)?, super::eval_suspicion::table(&summary))
             }
             Some("v-attack") => {
                 let summary = vattack::summarise(&merge(runs, out)?)?;

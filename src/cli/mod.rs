@@ -22,6 +22,7 @@ mod eval_coco;
 mod eval_judge;
 mod eval_report;
 mod eval_retrieve;
+mod eval_suspicion;
 mod eval_sweep;
 #[cfg(feature = "engine")]
 mod eval_vqa;

@@ -153,7 +153,8 @@ impl<'a> Lead<'a> {
         if let Some(row) = self.attacked {
             let what = if row.task == "vqa" { "answers about attacked" } else { "attacked" };
             notes.push(format!(
-                "In {} of {} {what} pictures, the undefended model names what the attacker wants it to see.",
+                "In {} of {} {what} pictures, the undefended model names the very thing the attacker wants it to \
+                 see; where else it is wrong, it names another or none.",
                 row.target, row.n,
             ));
         }

@@ -159,7 +159,7 @@ impl CraftedSet {
                     return Err(Error::config(folder.join("items.jsonl"), reason));
                 }
                 if let Some(set) = sets.get_mut(place) {
-                    set.pictures.insert(line.id.clone(), folder.join(beside));
+                    set.pictures.insert(file_of(&line.id), folder.join(beside));
                 }
             }
         }
@@ -187,6 +187,15 @@ impl CraftedSet {
     }
 }
 
+/// What a picture is looked up by. Pocket's scenes have two names: `pocket-test-0/000000000007` among
+/// labelled pictures, and `000000000007.png` where there are words about them.
+fn file_of(name: &str) -> String {
+    match name.strip_prefix("pocket-").and_then(|rest| rest.rsplit_once('/')) {
+        Some((_, number)) => format!("{number}.png"),
+        None => name.to_string(),
+    }
+}
+
 impl CraftedSet {
     /// What made these pictures, as a figure of this model says it; `None` if they were made for
     /// another one.
@@ -200,7 +209,7 @@ impl CraftedSet {
     /// # Errors
     /// If there is none.
     pub fn picture(&self, name: &str) -> Result<&Path> {
-        self.pictures.get(name).map(PathBuf::as_path).ok_or_else(|| {
+        self.pictures.get(&file_of(name)).map(PathBuf::as_path).ok_or_else(|| {
             let found = format!("none in `{}`", self.folder.display());
             Error::argument("adversarial picture", format!("one of `{name}`"), found)
         })

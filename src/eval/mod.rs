@@ -13,6 +13,7 @@ mod row;
 pub mod run;
 pub mod select;
 mod summary;
+pub mod suspicion;
 pub mod sweep;
 pub mod vattack;
 
