@@ -478,7 +478,8 @@ fn webp_outline(bytes: &[u8]) -> Option<Outline> {
     let mut missing = (end > bytes.len()).then_some("its last chunk does");
     let mut at = 12;
     while let Some(tag) = bytes.get(at..at + 4) {
-        let length = usize::try_from(u32_le(bytes, at + 4)?).ok()?;
+        let Some(length) = u32_le(bytes, at + 4) else { break };
+        let length = usize::try_from(length).ok()?;
         let body = at + 8;
         let found = match tag {
             b"VP8X" => Some((u24_le(bytes, body + 4)? + 1, u24_le(bytes, body + 7)? + 1)),
@@ -512,7 +513,8 @@ fn webp_outline(bytes: &[u8]) -> Option<Outline> {
         };
         size = size.or(found);
         if body.checked_add(length)? > bytes.len() {
-            missing = missing.or(Some("its last chunk does"));
+            // What follows the last chunk is not the picture's.
+            missing = missing.or((at < end).then_some("its last chunk does"));
             break;
         }
         at = body + length + (length & 1);

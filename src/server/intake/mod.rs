@@ -42,8 +42,9 @@ pub struct IntakeOptions {
     /// decoding small ones, half for large ones; 2 GiB. Decoded pictures that were handed over are
     /// their receiver's.
     pub memory: u64,
-    /// Small pictures decoded at once, and twice the large ones (more than 16 megapixels, or work
-    /// to match); as many as there are processors.
+    /// Small pictures decoded at once, and half as many large ones (over 16 megapixels, or work to
+    /// match); as many as there are processors, but 8 at most, since allocators keep some memory
+    /// for each thread.
     pub workers: usize,
     /// Pictures being taken in at once, waiting ones included; 1024.
     pub queue: usize,
@@ -60,7 +61,7 @@ impl Default for IntakeOptions {
         Self {
             limits: DecodeLimits::default(),
             memory: 2 << 30,
-            workers: std::thread::available_parallelism().map_or(2, usize::from),
+            workers: std::thread::available_parallelism().map_or(2, usize::from).min(8),
             queue: 1024,
             queue_time: Duration::from_secs(10),
             decode_time: Duration::from_secs(30),

@@ -1,16 +1,21 @@
 //! Decoding in a bounded pool.
 //!
-//! Pictures are decoded on blocking threads in two classes, told from the header: small ones and
-//! large ones. Each class has its own slots and its own part of the memory, so that large or slow
-//! pictures wait for each other and never hold up a small one. Within a class it is first come,
-//! first served.
+//! Pictures are decoded in two classes, told from the header: small ones and large ones. Each class
+//! has its own slots and its own part of the memory, so that large or slow pictures wait for each
+//! other and never hold up a small one. Within a class it is first come, first served.
+//!
+//! They are decoded on a few threads of the pool's own. Allocators keep freed memory for each
+//! thread: on the hundreds that the server's runtime has for blocking work it added up to twice the
+//! bound.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Bytes;
 use image::RgbImage;
+use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::{IntakeError, Refusal};
@@ -23,6 +28,8 @@ const SMALL_WORK: u64 = 16 << 20;
 const SMALL_MEMORY: u64 = 128 << 20;
 /// What is measured without a thread of its own, in bytes.
 const SHORT: usize = 64 << 10;
+/// More threads than any machine has processors for.
+const MAX_WORKERS: usize = 1024;
 /// The unit of memory permits.
 const KIB: u64 = 1024;
 
@@ -37,6 +44,34 @@ pub struct Pool {
     measuring: Semaphore,
     small: Class,
     large: Class,
+    threads: Threads,
+}
+
+/// A runtime that only lends its blocking threads.
+struct Threads(Option<Runtime>);
+
+impl Threads {
+    fn new(most: usize) -> Result<Self> {
+        let runtime = Builder::new_current_thread()
+            .max_blocking_threads(most)
+            .thread_name("picture")
+            .build()
+            .map_err(|e| Error::Unsupported(format!("threads for pictures: {e}")))?;
+        Ok(Self(Some(runtime)))
+    }
+
+    fn spawn<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Option<JoinHandle<T>> {
+        self.0.as_ref().map(|runtime| runtime.spawn_blocking(work))
+    }
+}
+
+impl Drop for Threads {
+    /// A runtime that is dropped waits for its threads, which is not allowed within another.
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
 }
 
 struct Class {
@@ -72,8 +107,8 @@ impl Pool {
         queue_time: Duration,
         decode_time: Duration,
     ) -> Result<Self> {
-        if workers == 0 || workers > Semaphore::MAX_PERMITS {
-            return Err(Error::argument("picture workers", "at least 1", workers));
+        if !(1..=MAX_WORKERS).contains(&workers) {
+            return Err(Error::argument("picture workers", format!("1 to {MAX_WORKERS}"), workers));
         }
         // Half for a large picture, and a quarter for a file in a buffer that grew.
         let least = limits.max_memory.saturating_add(copies(limits.max_bytes)).saturating_mul(2);
@@ -84,15 +119,17 @@ impl Pool {
                 format!("{} MiB", memory >> 20),
             ));
         }
+        let large = workers.div_ceil(2);
         Ok(Self {
             limits,
             queue_time,
             decode_time,
             encoded: Arc::new(semaphore(memory / 4)),
             small_memory: SMALL_MEMORY.min(memory / 4),
-            measuring: Semaphore::new(workers),
+            measuring: Semaphore::new(large),
             small: Class::new(workers, memory / 4),
-            large: Class::new(workers.div_ceil(2), memory / 2),
+            large: Class::new(large, memory / 2),
+            threads: Threads::new(workers + 2 * large)?,
         })
     }
 
@@ -140,8 +177,7 @@ impl Pool {
         } else {
             let _slot = self.in_time(self.measuring.acquire(), label).await?;
             let (bytes, name) = (bytes.clone(), label.to_owned());
-            let measured = tokio::task::spawn_blocking(move || measure(&bytes, &name, &limits));
-            measured.await.map_err(|e| broken(label, &e))?
+            self.run(move || measure(&bytes, &name, &limits), label).await?
         };
         let header = header.map_err(|e| refused(e, label))?;
         let class = self.class(&header, bytes.len());
@@ -156,16 +192,30 @@ impl Pool {
         };
         let permits = self.in_time(permits, label).await?;
         let name = label.to_owned();
-        // The permits go along: a decoder cannot be stopped, and when its client has gone its
-        // memory is still in use.
-        let decoding = tokio::task::spawn_blocking(move || {
-            let _held = (permits, room);
-            decode(&bytes, &name, &limits)
-        });
-        let decoded = timeout(self.decode_time, decoding)
-            .await
-            .map_err(|_| IntakeError::new(Refusal::Timeout, label, "decoding it took too long"))?;
-        decoded.map_err(|e| broken(label, &e))?.map_err(|e| refused(e, label))
+        // The permits go along and come back: a decoder cannot be stopped, so when its client has
+        // gone its memory is still in use, and the picture is this pool's until it is handed over.
+        let decoding = move || {
+            let decoded = decode(&bytes, &name, &limits);
+            (decoded, permits, room)
+        };
+        let (decoded, ..) = self.run(decoding, label).await?;
+        decoded.map_err(|e| refused(e, label))
+    }
+
+    async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+        label: &str,
+    ) -> std::result::Result<T, IntakeError> {
+        let running = self.threads.spawn(work).ok_or_else(|| busy(label))?;
+        match timeout(self.decode_time, running).await {
+            Ok(Ok(done)) => Ok(done),
+            // A decoder panicked; that is a bug, but one that this picture has found.
+            Ok(Err(e)) => {
+                Err(IntakeError::new(Refusal::NotAPicture, label, "it cannot be decoded").with_detail(e))
+            }
+            Err(_) => Err(IntakeError::new(Refusal::Timeout, label, "decoding it took too long")),
+        }
     }
 
     fn class(&self, header: &Header, bytes: usize) -> &Class {
@@ -181,11 +231,6 @@ fn permits(bytes: u64) -> u32 {
 
 pub fn busy(label: &str) -> IntakeError {
     IntakeError::new(Refusal::Busy, label, "the server is busy with other pictures; try again")
-}
-
-/// A decoder panicked; that is a bug, but the picture's fault.
-fn broken(label: &str, error: &tokio::task::JoinError) -> IntakeError {
-    IntakeError::new(Refusal::NotAPicture, label, "it cannot be decoded").with_detail(error)
 }
 
 fn refused(error: Error, label: &str) -> IntakeError {
