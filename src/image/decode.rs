@@ -188,6 +188,9 @@ pub fn measure(bytes: &[u8], name: &str, limits: &DecodeLimits) -> Result<Header
 const PNG_CHUNKS: u64 = 4;
 /// The most bytes that the colour profile of a PNG is unpacked to; printers' have 2 MiB.
 const MAX_PROFILE: u64 = 8 << 20;
+/// The most scans of a JPEG: each walks over all pixels, however few bytes it has. Encoders write
+/// about ten.
+const MAX_SCANS: u32 = 100;
 
 /// Tells the format and reads the framing, and checks both against the limits.
 fn outline(bytes: &[u8], name: &str, limits: &DecodeLimits) -> Result<(Format, Outline)> {
@@ -204,6 +207,10 @@ fn outline(bytes: &[u8], name: &str, limits: &DecodeLimits) -> Result<(Format, O
     limits.check_pixels(name, outline.width, outline.height)?;
     if let Some(missing) = outline.missing {
         return Err(picture(name, format!("{format} data ends before {missing}")));
+    }
+    if outline.passes > MAX_SCANS {
+        let scans = outline.passes;
+        return Err(picture(name, format!("{format} data has {scans} scans, at most {MAX_SCANS} are read")));
     }
     limits.check_memory(name, outline.working)?;
     Ok((format, outline))
