@@ -6,7 +6,7 @@
 mod pictures;
 mod upstream;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, TcpListener};
 use std::process::Command;
 use std::sync::Arc;
@@ -85,6 +85,17 @@ async fn refuse(intake: &Intake, cases: Vec<Case>) -> BTreeMap<&'static str, usi
     }
     assert!(wrong.is_empty(), "{} went wrong:\n{}", wrong.len(), wrong.join("\n"));
     counts
+}
+
+#[test]
+fn refusals_have_labels_of_their_own() {
+    let labels: BTreeSet<_> = Refusal::ALL.iter().map(|refusal| refusal.as_str()).collect();
+    assert_eq!(labels.len(), Refusal::ALL.len());
+    for refusal in Refusal::ALL {
+        let label = refusal.as_str();
+        assert!(label.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'), "{label}");
+        assert!((400..500).contains(&refusal.status()) || label == "busy", "{label}");
+    }
 }
 
 /// A refusal is the asker's fault, names the picture, is short, and gives nothing away.

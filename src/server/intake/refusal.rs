@@ -48,7 +48,7 @@ pub enum Refusal {
 
 impl Refusal {
     /// All reasons, for a server that shows a count of each from its start.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: &[Self] = &[
         Self::Scheme,
         Self::BadUrl,
         Self::BadBase64,
