@@ -145,6 +145,12 @@ fn hostile_files() -> Vec<Case> {
     cases.push(bytes("png that ends within a row", pictures::png(8, 8, 2, &[pictures::dot()]), NotAPicture));
     cases.push(bytes("png without a palette", pictures::png(1, 1, 3, &[pictures::dot()]), NotAPicture));
     cases.push(bytes("png of an unknown colour", pictures::png(1, 1, 5, &[pictures::dot()]), NotAPicture));
+    // The png crate panics on these.
+    for length in [4, 5, 767] {
+        let chunks = [pictures::chunk(b"PLTE", &vec![7; length]), pictures::dot()];
+        let name = format!("png with a palette of {length} bytes");
+        cases.push(bytes(name, pictures::png(1, 1, 3, &chunks), NotAPicture));
+    }
     let mut broken = png.clone();
     let at = broken.windows(4).position(|four| four == b"IDAT").unwrap();
     broken[at + 40] ^= 0xff;

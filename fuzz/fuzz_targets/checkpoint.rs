@@ -5,8 +5,7 @@ mod scratch;
 
 use candle_core::Device;
 use libfuzzer_sys::fuzz_target;
-use radapt::tower::Weights;
-use radapt::tower::weights::Checkpoint;
+use radapt::tower::weights::{Checkpoint, Weights};
 
 fuzz_target!(|bytes: &[u8]| {
     let Ok(checkpoint) = Checkpoint::open(scratch::file(bytes)) else { return };

@@ -7,6 +7,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io::{Cursor, ErrorKind, Read};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use ::image::codecs::bmp::BmpDecoder;
@@ -119,23 +120,10 @@ pub fn decode_file(path: &Path, limits: &DecodeLimits) -> Result<RgbImage> {
 /// [`MAX_SIDE`], damaged data as far as the format shows it.
 pub fn decode(bytes: &[u8], name: &str, limits: &DecodeLimits) -> Result<RgbImage> {
     let (format, outline) = outline(bytes, name, limits)?;
-    let reader = Cursor::new(bytes);
-    let failed = |error| failure(name, format, error);
     let context = Context { name, limits, format, working: outline.working };
-    match format {
-        Format::Png => {
-            // Bounds what a compressed profile may grow to (one that is larger is passed over)
-            // and what texts take; pixels are not counted in it.
-            let mut within = Limits::no_limits();
-            within.max_alloc =
-                Some(limits.max_memory.min(outline.working + PNG_CHUNKS * (bytes.len() as u64 + 1024)));
-            context.read(PngDecoder::with_limits(reader, within).map_err(failed)?)
-        }
-        Format::Jpeg => context.read(JpegDecoder::new(reader).map_err(failed)?),
-        Format::WebP => context.read(WebPDecoder::new(reader).map_err(failed)?),
-        Format::Bmp => context.read(BmpDecoder::new(reader).map_err(failed)?),
-        Format::Gif => context.read(GifDecoder::new(reader).map_err(failed)?),
-    }
+    // A panic in a decoder is a bug of its own, but found by this picture: it shall not end more.
+    catch_unwind(AssertUnwindSafe(|| context.decode(bytes)))
+        .unwrap_or_else(|_| Err(picture(name, format!("{format} data cannot be decoded"))))
 }
 
 /// What a picture's header says of it, before anything is decoded: [`measure`].
@@ -208,6 +196,9 @@ fn outline(bytes: &[u8], name: &str, limits: &DecodeLimits) -> Result<(Format, O
     if let Some(missing) = outline.missing {
         return Err(picture(name, format!("{format} data ends before {missing}")));
     }
+    if let Some(wrong) = outline.wrong {
+        return Err(picture(name, format!("{format} data has {wrong}")));
+    }
     if outline.passes > MAX_SCANS {
         let scans = outline.passes;
         return Err(picture(name, format!("{format} data has {scans} scans, at most {MAX_SCANS} are read")));
@@ -224,6 +215,25 @@ struct Context<'a> {
 }
 
 impl Context<'_> {
+    fn decode(&self, bytes: &[u8]) -> Result<RgbImage> {
+        let reader = Cursor::new(bytes);
+        let failed = |error| failure(self.name, self.format, error);
+        match self.format {
+            Format::Png => {
+                // Bounds what a compressed profile may grow to (one that is larger is passed over)
+                // and what texts take; pixels are not counted in it.
+                let chunks = self.working + PNG_CHUNKS * (bytes.len() as u64 + 1024);
+                let mut within = Limits::no_limits();
+                within.max_alloc = Some(self.limits.max_memory.min(chunks));
+                self.read(PngDecoder::with_limits(reader, within).map_err(failed)?)
+            }
+            Format::Jpeg => self.read(JpegDecoder::new(reader).map_err(failed)?),
+            Format::WebP => self.read(WebPDecoder::new(reader).map_err(failed)?),
+            Format::Bmp => self.read(BmpDecoder::new(reader).map_err(failed)?),
+            Format::Gif => self.read(GifDecoder::new(reader).map_err(failed)?),
+        }
+    }
+
     fn read(&self, mut decoder: impl ImageDecoder) -> Result<RgbImage> {
         let (width, height) = decoder.dimensions();
         self.limits.check_pixels(self.name, width, height)?;
@@ -318,11 +328,13 @@ struct Outline {
     passes: u32,
     /// What the file should have and ends before.
     missing: Option<&'static str>,
+    /// What it has and may not have.
+    wrong: Option<&'static str>,
 }
 
 impl Outline {
     fn new((width, height): (u32, u32)) -> Self {
-        Self { width, height, working: 0, channels: 4, passes: 1, missing: None }
+        Self { width, height, working: 0, channels: 4, passes: 1, missing: None, wrong: None }
     }
 }
 
@@ -355,6 +367,8 @@ fn png_outline(bytes: &[u8]) -> Option<Outline> {
         match tag {
             b"IDAT" => break,
             // Deflate makes at most 1032 bytes of one.
+            // The png crate up to 0.18.1 panics on these (image-png#694).
+            b"PLTE" if length % 3 != 0 => outline.wrong = Some("a palette that is not of whole colours"),
             b"iCCP" => outline.working = MAX_PROFILE.min(1032 * u64::from(length)),
             _ => {}
         }
