@@ -63,6 +63,11 @@ mod pickle;
 pub mod pocket;
 #[cfg(feature = "engine")]
 pub mod server;
+/// What of the chat server needs no language model.
+#[cfg(all(feature = "server", not(feature = "engine")))]
+pub mod server {
+    pub mod intake;
+}
 pub mod text;
 pub mod tower;
 pub mod train;

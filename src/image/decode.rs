@@ -7,6 +7,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io::{Cursor, ErrorKind, Read};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use ::image::codecs::bmp::BmpDecoder;
@@ -118,6 +119,69 @@ pub fn decode_file(path: &Path, limits: &DecodeLimits) -> Result<RgbImage> {
 /// picture of a known format: another format, an empty or cut file, no pixels, a side over
 /// [`MAX_SIDE`], damaged data as far as the format shows it.
 pub fn decode(bytes: &[u8], name: &str, limits: &DecodeLimits) -> Result<RgbImage> {
+    let (format, outline) = outline(bytes, name, limits)?;
+    let context = Context { name, limits, format, working: outline.working };
+    // A panic in a decoder is a bug of its own, but found by this picture: it shall not end more.
+    catch_unwind(AssertUnwindSafe(|| context.decode(bytes)))
+        .unwrap_or_else(|_| Err(picture(name, format!("{format} data cannot be decoded"))))
+}
+
+/// What a picture's header says of it, before anything is decoded: [`measure`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Header {
+    /// In pixels, before an EXIF orientation is applied.
+    pub width: u32,
+    /// In pixels.
+    pub height: u32,
+    /// The most bytes that [`decode`] holds at once besides the file's own, its result included:
+    /// at least what it checks against [`DecodeLimits::max_memory`].
+    pub memory: u64,
+    /// How often decoding walks over all pixels: the scans of a JPEG, 1 of other formats.
+    pub passes: u32,
+}
+
+/// Reads a picture's header, so that [`decode`] can be put off until there is room for it.
+///
+/// # Errors
+///
+/// As [`decode`] for all that shows before pixels are decoded: the limits, unknown formats, missing
+/// ends.
+pub fn measure(bytes: &[u8], name: &str, limits: &DecodeLimits) -> Result<Header> {
+    let (format, outline) = outline(bytes, name, limits)?;
+    let Outline { width, height, passes, .. } = outline;
+    let length = bytes.len() as u64;
+    // Of one decoded pixel, and how often the decoder copies parts of the file.
+    let (pixel, copies) = match format {
+        Format::Png => {
+            let samples = match bytes.get(25) {
+                Some(0) => 2,
+                // Transparency may be told in a chunk of its own.
+                Some(2 | 3 | 6) => 4,
+                _ => 2,
+            };
+            (samples * if bytes.get(24) == Some(&16) { 2 } else { 1 }, PNG_CHUNKS)
+        }
+        Format::Jpeg => (outline.channels, 3),
+        Format::WebP => (4, 2),
+        Format::Bmp | Format::Gif => (4, 1),
+    };
+    let pixels = area((width, height));
+    let decoded = pixels * pixel;
+    let memory = decoded.saturating_add(outline.working).max(decoded + 3 * pixels).max(6 * pixels);
+    Ok(Header { width, height, memory: memory.saturating_add(copies * (length + 1024)), passes })
+}
+
+/// How often the chunks of a PNG may lie in memory: as read, into a buffer that doubles, and as
+/// text.
+const PNG_CHUNKS: u64 = 4;
+/// The most bytes that the colour profile of a PNG is unpacked to; printers' have 2 MiB.
+const MAX_PROFILE: u64 = 8 << 20;
+/// The most scans of a JPEG: each walks over all pixels, however few bytes it has. Encoders write
+/// about ten.
+const MAX_SCANS: u32 = 100;
+
+/// Tells the format and reads the framing, and checks both against the limits.
+fn outline(bytes: &[u8], name: &str, limits: &DecodeLimits) -> Result<(Format, Outline)> {
     limits.check_bytes(name, bytes.len() as u64)?;
     let format = Format::of(bytes).ok_or_else(|| picture(name, "not a PNG, JPEG, WebP, BMP or GIF file"))?;
     let cut = || picture(name, format!("{format} data ends within its header"));
@@ -132,23 +196,15 @@ pub fn decode(bytes: &[u8], name: &str, limits: &DecodeLimits) -> Result<RgbImag
     if let Some(missing) = outline.missing {
         return Err(picture(name, format!("{format} data ends before {missing}")));
     }
-    limits.check_memory(name, outline.working)?;
-
-    let reader = Cursor::new(bytes);
-    let failed = |error| failure(name, format, error);
-    let context = Context { name, limits, format, working: outline.working };
-    match format {
-        Format::Png => {
-            // Also bounds what compressed profiles and texts may grow to.
-            let mut within = Limits::no_limits();
-            within.max_alloc = Some(limits.max_memory);
-            context.read(PngDecoder::with_limits(reader, within).map_err(failed)?)
-        }
-        Format::Jpeg => context.read(JpegDecoder::new(reader).map_err(failed)?),
-        Format::WebP => context.read(WebPDecoder::new(reader).map_err(failed)?),
-        Format::Bmp => context.read(BmpDecoder::new(reader).map_err(failed)?),
-        Format::Gif => context.read(GifDecoder::new(reader).map_err(failed)?),
+    if let Some(wrong) = outline.wrong {
+        return Err(picture(name, format!("{format} data has {wrong}")));
     }
+    if outline.passes > MAX_SCANS {
+        let scans = outline.passes;
+        return Err(picture(name, format!("{format} data has {scans} scans, at most {MAX_SCANS} are read")));
+    }
+    limits.check_memory(name, outline.working)?;
+    Ok((format, outline))
 }
 
 struct Context<'a> {
@@ -159,6 +215,25 @@ struct Context<'a> {
 }
 
 impl Context<'_> {
+    fn decode(&self, bytes: &[u8]) -> Result<RgbImage> {
+        let reader = Cursor::new(bytes);
+        let failed = |error| failure(self.name, self.format, error);
+        match self.format {
+            Format::Png => {
+                // Bounds what a compressed profile may grow to (one that is larger is passed over)
+                // and what texts take; pixels are not counted in it.
+                let chunks = self.working + PNG_CHUNKS * (bytes.len() as u64 + 1024);
+                let mut within = Limits::no_limits();
+                within.max_alloc = Some(self.limits.max_memory.min(chunks));
+                self.read(PngDecoder::with_limits(reader, within).map_err(failed)?)
+            }
+            Format::Jpeg => self.read(JpegDecoder::new(reader).map_err(failed)?),
+            Format::WebP => self.read(WebPDecoder::new(reader).map_err(failed)?),
+            Format::Bmp => self.read(BmpDecoder::new(reader).map_err(failed)?),
+            Format::Gif => self.read(GifDecoder::new(reader).map_err(failed)?),
+        }
+    }
+
     fn read(&self, mut decoder: impl ImageDecoder) -> Result<RgbImage> {
         let (width, height) = decoder.dimensions();
         self.limits.check_pixels(self.name, width, height)?;
@@ -247,8 +322,20 @@ struct Outline {
     height: u32,
     /// Bytes the decoder holds besides its output.
     working: u64,
+    /// Of the decoded picture, where the outline tells; 4 otherwise.
+    channels: u64,
+    /// How often decoding walks over all pixels.
+    passes: u32,
     /// What the file should have and ends before.
     missing: Option<&'static str>,
+    /// What it has and may not have.
+    wrong: Option<&'static str>,
+}
+
+impl Outline {
+    fn new((width, height): (u32, u32)) -> Self {
+        Self { width, height, working: 0, channels: 4, passes: 1, missing: None, wrong: None }
+    }
 }
 
 fn u16_be(bytes: &[u8], at: usize) -> Option<u16> {
@@ -272,20 +359,34 @@ fn u32_le(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_le_bytes(bytes.get(at..)?.first_chunk().copied()?))
 }
 
-/// The IHDR chunk follows the signature.
+/// The IHDR chunk follows the signature; a compressed profile comes before the pixels.
 fn png_outline(bytes: &[u8]) -> Option<Outline> {
-    Some(Outline { width: u32_be(bytes, 16)?, height: u32_be(bytes, 20)?, working: 0, missing: None })
+    let mut outline = Outline::new((u32_be(bytes, 16)?, u32_be(bytes, 20)?));
+    let mut at = 8_usize;
+    while let (Some(length), Some(tag)) = (u32_be(bytes, at), bytes.get(at + 4..at + 8)) {
+        match tag {
+            b"IDAT" => break,
+            // Deflate makes at most 1032 bytes of one.
+            // The png crate up to 0.18.1 panics on these (image-png#694).
+            b"PLTE" if length % 3 != 0 => outline.wrong = Some("a palette that is not of whole colours"),
+            b"iCCP" => outline.working = MAX_PROFILE.min(1032 * u64::from(length)),
+            _ => {}
+        }
+        let Some(next) = at.checked_add(12).and_then(|a| a.checked_add(length as usize)) else { break };
+        at = next;
+    }
+    Some(outline)
 }
 
 /// Both header families keep the size at offset 18; only the oldest one in 16 bits.
 fn bmp_outline(bytes: &[u8]) -> Option<Outline> {
-    let (width, height) = if u32_le(bytes, 14)? == 12 {
+    let size = if u32_le(bytes, 14)? == 12 {
         (u32::from(u16_le(bytes, 18)?), u32::from(u16_le(bytes, 20)?))
     } else {
         // A negative height means rows from the top; a negative width is refused by its size.
         (u32_le(bytes, 18)?, u32_le(bytes, 22)?.cast_signed().unsigned_abs())
     };
-    Some(Outline { width, height, working: 0, missing: None })
+    Some(Outline::new(size))
 }
 
 /// Walks the marker segments and entropy-coded data to the end-of-image marker.
@@ -297,6 +398,8 @@ fn jpeg_outline(bytes: &[u8]) -> Option<Outline> {
     const END: u8 = 0xd9;
     const SCAN: u8 = 0xda;
     let mut frame: Option<(u32, u32, u64)> = None;
+    // A second frame header is an error, but not all decoders say so.
+    let mut samples = 0_u64;
     let (mut whole, mut buffered, mut scans) = (false, false, 0_usize);
     let mut at = 2;
     while let Some(&[mark, code]) = bytes.get(at..).and_then(<[u8]>::first_chunk) {
@@ -317,6 +420,7 @@ fn jpeg_outline(bytes: &[u8]) -> Option<Outline> {
                 let (height, width) = (u16_be(bytes, at + 3)?, u16_be(bytes, at + 5)?);
                 let components = u64::from(*bytes.get(at + 7)?);
                 frame = frame.or(Some((width.into(), height.into(), components)));
+                samples = samples.max(area((width.into(), height.into())) * components);
                 // Progressive frames are collected as coefficients before any pixel is made.
                 buffered |= !matches!(code, 0xc0 | 0xc1);
             }
@@ -327,12 +431,13 @@ fn jpeg_outline(bytes: &[u8]) -> Option<Outline> {
         at += usize::from(length);
     }
     let (width, height, components) = frame?;
-    let coefficients = if buffered || scans > 1 { 2 * components } else { 0 };
     Some(Outline {
-        width,
-        height,
-        working: u64::from(width) * u64::from(height) * coefficients,
+        working: if buffered || scans > 1 { 2 * samples } else { 0 },
+        // CMYK becomes RGB.
+        channels: if components == 1 { 1 } else { 3 },
+        passes: u32::try_from(scans.max(1)).unwrap_or(u32::MAX),
         missing: (!whole).then_some("its end-of-image marker"),
+        ..Outline::new((width, height))
     })
 }
 
@@ -341,7 +446,8 @@ fn gif_outline(bytes: &[u8]) -> Option<Outline> {
     const EXTENSION: u8 = 0x21;
     const FRAME: u8 = 0x2c;
     let (width, height) = (u32::from(u16_le(bytes, 6)?), u32::from(u16_le(bytes, 8)?));
-    let mut outline = Outline { width, height, working: 0, missing: Some("its first frame is complete") };
+    let mut outline =
+        Outline { missing: Some("its first frame is complete"), ..Outline::new((width, height)) };
     let mut at = 13 + color_table(*bytes.get(10)?);
     loop {
         match bytes.get(at) {
@@ -393,7 +499,8 @@ fn webp_outline(bytes: &[u8]) -> Option<Outline> {
     let mut missing = (end > bytes.len()).then_some("its last chunk does");
     let mut at = 12;
     while let Some(tag) = bytes.get(at..at + 4) {
-        let length = usize::try_from(u32_le(bytes, at + 4)?).ok()?;
+        let Some(length) = u32_le(bytes, at + 4) else { break };
+        let length = usize::try_from(length).ok()?;
         let body = at + 8;
         let found = match tag {
             b"VP8X" => Some((u24_le(bytes, body + 4)? + 1, u24_le(bytes, body + 7)? + 1)),
@@ -427,13 +534,13 @@ fn webp_outline(bytes: &[u8]) -> Option<Outline> {
         };
         size = size.or(found);
         if body.checked_add(length)? > bytes.len() {
-            missing = missing.or(Some("its last chunk does"));
+            // What follows the last chunk is not the picture's.
+            missing = missing.or((at < end).then_some("its last chunk does"));
             break;
         }
         at = body + length + (length & 1);
     }
-    let (width, height) = size?;
-    Some(Outline { width, height, working, missing })
+    Some(Outline { working, missing, ..Outline::new(size?) })
 }
 
 fn area((width, height): (u32, u32)) -> u64 {

@@ -13,6 +13,6 @@ mod resize;
 mod smart;
 
 pub use contract::{Contract, Preprocess, Scale, pixels_from_rgb, rgb_from_pixels};
-pub use decode::{DecodeLimits, MAX_SIDE, decode, decode_file};
+pub use decode::{DecodeLimits, Header, MAX_SIDE, decode, decode_file, measure};
 pub use resize::{Filter, ResizeRow, resize, resize_matrix};
 pub use smart::SmartResize;

@@ -5,6 +5,7 @@
 
 mod api;
 mod chat;
+pub mod intake;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
