@@ -66,7 +66,11 @@ pub mod server;
 /// What of the chat server needs no language model.
 #[cfg(all(feature = "server", not(feature = "engine")))]
 pub mod server {
+    pub mod gate;
     pub mod intake;
+    pub mod keys;
+    pub mod listen;
+    pub mod metrics;
 }
 pub mod text;
 pub mod tower;

@@ -5,7 +5,11 @@
 
 mod api;
 mod chat;
+pub mod gate;
 pub mod intake;
+pub mod keys;
+pub mod listen;
+pub mod metrics;
 
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -1,0 +1,453 @@
+//! What every request passes before and after it is worked on: keys, limits, time, counts, a line in
+//! the log.
+//!
+//! A request's body is read here, within its own time and memory, before the request takes a place
+//! among those worked on: a slow sender holds up nobody. A place is kept until the last byte of the
+//! answer is out or its reader is gone.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use axum::body::{Body, Bytes};
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use http_body::{Body as _, Frame, SizeHint};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use serde_json::json;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::keys::{Key, KeyLimits, Keys};
+use super::metrics::{Answered, Metrics, Route};
+
+/// The header with a request's number.
+pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// What the gate lets through.
+#[derive(Debug, Clone)]
+pub struct GateOptions {
+    /// Requests worked on at once.
+    pub in_flight: usize,
+    /// Requests that wait for that.
+    pub queue: usize,
+    /// How long they wait at most.
+    pub queue_time: Duration,
+    /// How long a request may take from its last byte to the answer's last byte.
+    pub request_time: Duration,
+    /// How long a request's body may take to arrive.
+    pub body_time: Duration,
+    /// The most bytes a body may have.
+    pub max_body: usize,
+    /// The most bytes that bodies may have together.
+    pub bodies: usize,
+    /// Limits of whoever has none of their own: keys without, and everybody where there are no keys.
+    pub limits: KeyLimits,
+}
+
+impl Default for GateOptions {
+    fn default() -> Self {
+        Self {
+            in_flight: 16,
+            queue: 64,
+            queue_time: Duration::from_secs(30),
+            request_time: Duration::from_secs(300),
+            body_time: Duration::from_secs(30),
+            max_body: 65 << 20,
+            bodies: 1 << 30,
+            limits: KeyLimits::default(),
+        }
+    }
+}
+
+/// The gate of a server.
+pub struct Gate {
+    options: GateOptions,
+    keys: Option<Keys>,
+    anonymous: Arc<Key>,
+    places: Arc<Semaphore>,
+    waiting: Arc<Semaphore>,
+    /// In KiB.
+    bodies: Arc<Semaphore>,
+    draining: AtomicBool,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+}
+
+/// Who asks; in a request's extensions.
+#[derive(Debug, Clone)]
+pub struct Asker(pub Arc<Key>);
+
+/// A request's number; in its extensions.
+#[derive(Debug, Clone)]
+pub struct RequestId(pub String);
+
+/// In a response's extensions: it is a stream, whose end is not its start.
+#[derive(Debug, Clone, Copy)]
+pub struct Streamed;
+
+impl Gate {
+    /// With keys, or open to everybody.
+    pub fn new(options: GateOptions, keys: Option<Keys>) -> Self {
+        let semaphore = |n: usize| Arc::new(Semaphore::new(n.min(Semaphore::MAX_PERMITS)));
+        Self {
+            places: semaphore(options.in_flight.max(1)),
+            waiting: semaphore(options.queue),
+            bodies: semaphore(
+                (options.bodies >> 10).max(options.max_body.div_ceil(1024)).min(u32::MAX as usize),
+            ),
+            anonymous: Arc::new(Key::anonymous(options.limits)),
+            draining: AtomicBool::new(false),
+            metrics: Arc::default(),
+            options,
+            keys,
+        }
+    }
+
+    /// The keys, where there are some.
+    pub fn keys(&self) -> Option<&Keys> {
+        self.keys.as_ref()
+    }
+
+    /// From now on new requests are told to come back later; those let through end as they would.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether new requests are turned away because the server is about to stop.
+    pub fn draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
+    fn asker(&self, headers: &HeaderMap) -> Option<Arc<Key>> {
+        let Some(keys) = &self.keys else { return Some(self.anonymous.clone()) };
+        let given = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
+        let (scheme, key) = given.split_once(' ')?;
+        if !scheme.eq_ignore_ascii_case("bearer") {
+            return None;
+        }
+        keys.find(key.trim())
+    }
+
+    /// The body, whole, and its share of the memory for bodies.
+    async fn body(&self, body: Body) -> Result<(Bytes, OwnedSemaphorePermit), Response> {
+        let most = self.options.max_body;
+        let size = body.size_hint();
+        let expected = usize::try_from(size.upper().unwrap_or(u64::MAX)).unwrap_or(usize::MAX).min(most);
+        if size.lower() > most as u64 {
+            self.metrics.turn_away("body");
+            return Err(too_large(most));
+        }
+        let share = u32::try_from(expected.div_ceil(1024).max(1)).unwrap_or(u32::MAX);
+        let waited =
+            tokio::time::timeout(self.options.queue_time, self.bodies.clone().acquire_many_owned(share));
+        let Ok(Ok(share)) = waited.await else {
+            self.metrics.turn_away("queue");
+            return Err(busy("too many bytes are on their way in", self.options.queue_time));
+        };
+        let read = tokio::time::timeout(self.options.body_time, Limited::new(body, most).collect());
+        match read.await {
+            Ok(Ok(found)) => Ok((found.to_bytes(), share)),
+            Ok(Err(error)) if error.is::<LengthLimitError>() => {
+                self.metrics.turn_away("body");
+                Err(too_large(most))
+            }
+            Ok(Err(_)) => {
+                self.metrics.turn_away("body");
+                Err(refuse(StatusCode::BAD_REQUEST, "the request's body broke off", "bad_body"))
+            }
+            Err(_) => {
+                self.metrics.turn_away("body");
+                let seconds = self.options.body_time.as_secs();
+                let message = format!("the request's body took longer than {seconds} seconds");
+                Err(refuse(StatusCode::REQUEST_TIMEOUT, &message, "body_timeout"))
+            }
+        }
+    }
+
+    /// A place among the requests worked on.
+    async fn place(&self) -> Result<OwnedSemaphorePermit, Response> {
+        if let Ok(place) = self.places.clone().try_acquire_owned() {
+            return Ok(place);
+        }
+        let full = || {
+            self.metrics.turn_away("queue");
+            busy("the server is at its limit", self.options.queue_time)
+        };
+        let Ok(_turn) = self.waiting.clone().try_acquire_owned() else { return Err(full()) };
+        let _waiting = Counted::new(&self.metrics.waiting);
+        match tokio::time::timeout(self.options.queue_time, self.places.clone().acquire_owned()).await {
+            Ok(Ok(place)) => Ok(place),
+            _ => Err(full()),
+        }
+    }
+
+    async fn pass(self: &Arc<Self>, mut request: Request, next: Next, asker: &Arc<Key>) -> Response {
+        if self.draining() {
+            self.metrics.turn_away("draining");
+            let mut response =
+                refuse(StatusCode::SERVICE_UNAVAILABLE, "the server is about to stop", "draining");
+            let headers = response.headers_mut();
+            headers.insert(header::RETRY_AFTER, HeaderValue::from_static("5"));
+            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+            return response;
+        }
+        request.extensions_mut().insert(Asker(asker.clone()));
+        if request.method() != Method::POST {
+            return next.run(request).await;
+        }
+        if let Err(wait) = asker.count() {
+            self.metrics.turn_away("rate");
+            return later("too many requests within a minute", "rate_limit_exceeded", wait);
+        }
+        let Some(own) = asker.place() else {
+            self.metrics.turn_away("concurrent");
+            return later("too many requests at a time", "rate_limit_exceeded", Duration::from_secs(1));
+        };
+        let (parts, body) = request.into_parts();
+        let (body, share) = match self.body(body).await {
+            Ok(found) => found,
+            Err(refused) => return refused,
+        };
+        let place = match self.place().await {
+            Ok(place) => place,
+            Err(refused) => return refused,
+        };
+        let counted = Counted::new(&self.metrics.in_flight);
+        let until = tokio::time::Instant::now() + self.options.request_time;
+        let request = Request::from_parts(parts, Body::from(body));
+        let response = tokio::time::timeout_at(until, next.run(request)).await;
+        drop(share);
+        match response {
+            Ok(response) => {
+                let kept = Kept { _places: (place, own), _counted: counted };
+                let (parts, body) = response.into_parts();
+                Response::from_parts(
+                    parts,
+                    Body::new(Timed {
+                        body,
+                        until: Box::pin(tokio::time::sleep_until(until)),
+                        kept: Some(kept),
+                    }),
+                )
+            }
+            Err(_) => {
+                let seconds = self.options.request_time.as_secs();
+                let message = format!("no answer within {seconds} seconds");
+                refuse(StatusCode::REQUEST_TIMEOUT, &message, "timeout")
+            }
+        }
+    }
+}
+
+/// The middleware; `open` are the routes that need no key.
+pub async fn gate(State(gate): State<Arc<Gate>>, mut request: Request, next: Next) -> Response {
+    let start = Instant::now();
+    let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str).to_string();
+    let method = request.method().clone();
+    let id = request_id(request.headers());
+    request.extensions_mut().insert(RequestId(id.clone()));
+    let open = is_open(&route);
+    let asker = if open { Some(gate.anonymous.clone()) } else { gate.asker(request.headers()) };
+    let mut response = match &asker {
+        Some(_) if open => next.run(request).await,
+        Some(asker) => gate.pass(request, next, asker).await,
+        None => {
+            gate.metrics.turn_away("key");
+            let mut response =
+                refuse(StatusCode::UNAUTHORIZED, "no key, or one that is not known here", "invalid_api_key");
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+            response
+        }
+    };
+    if let Ok(value) = HeaderValue::from_str(&id) {
+        response.headers_mut().insert(REQUEST_ID, value);
+    }
+    let done = Done {
+        gate: gate.clone(),
+        id,
+        method,
+        route,
+        key: asker.map_or_else(|| "none".into(), |asker| asker.name().to_string()),
+        status: response.status(),
+        streamed: response.extensions().get::<Streamed>().is_some(),
+        start,
+        first: None,
+    };
+    let (parts, body) = response.into_parts();
+    Response::from_parts(parts, Body::new(Logged { body, done }))
+}
+
+/// What a stranger may see: whether the server lives, its pages, and nothing that costs.
+fn is_open(route: &str) -> bool {
+    matches!(route, "/" | "/health" | "/ready" | "/docs" | "/openapi.json")
+        || route.starts_with("/playground")
+}
+
+/// The asker's own number for the request where it is harmless, a new one elsewhere.
+fn request_id(headers: &HeaderMap) -> String {
+    let given = headers.get(REQUEST_ID).and_then(|value| value.to_str().ok());
+    let harmless = |id: &&str| {
+        (1..=64).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+    };
+    given.filter(harmless).map_or_else(|| format!("req_{}", uuid::Uuid::new_v4().simple()), str::to_string)
+}
+
+/// An error in OpenAI's shape.
+fn refuse(status: StatusCode, message: &str, code: &str) -> Response {
+    let kind = match status {
+        StatusCode::UNAUTHORIZED => "authentication_error",
+        StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
+        status if status.is_server_error() => "server_error",
+        _ => "invalid_request_error",
+    };
+    let body = json!({ "error": { "message": message, "type": kind, "param": null, "code": code } });
+    (status, axum::Json(body)).into_response()
+}
+
+fn too_large(most: usize) -> Response {
+    let message = format!("the request's body has more than {most} bytes");
+    refuse(StatusCode::PAYLOAD_TOO_LARGE, &message, "body_too_large")
+}
+
+fn later(message: &str, code: &str, wait: Duration) -> Response {
+    let mut response = refuse(StatusCode::TOO_MANY_REQUESTS, message, code);
+    let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+    response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
+    response
+}
+
+fn busy(message: &str, wait: Duration) -> Response {
+    later(message, "server_busy", wait.min(Duration::from_secs(5)))
+}
+
+/// One more, as long as it lives.
+struct Counted(prometheus_client::metrics::gauge::Gauge);
+
+impl Counted {
+    fn new(gauge: &prometheus_client::metrics::gauge::Gauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+/// What a request holds until its answer is out.
+struct Kept {
+    _places: (OwnedSemaphorePermit, Option<OwnedSemaphorePermit>),
+    _counted: Counted,
+}
+
+/// A body that ends when its time is over, and keeps its place until then.
+struct Timed {
+    body: Body,
+    until: Pin<Box<tokio::time::Sleep>>,
+    kept: Option<Kept>,
+}
+
+impl http_body::Body for Timed {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        if self.kept.is_none() {
+            return Poll::Ready(None);
+        }
+        if self.until.as_mut().poll(context).is_ready() {
+            self.kept = None;
+            return Poll::Ready(Some(Err(axum::Error::new(std::io::Error::other(
+                "the answer took too long",
+            )))));
+        }
+        let found = Pin::new(&mut self.body).poll_frame(context);
+        if matches!(found, Poll::Ready(None | Some(Err(_)))) {
+            self.kept = None;
+        }
+        found
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// What is said of a request when its answer is out, or its reader gone.
+struct Done {
+    gate: Arc<Gate>,
+    id: String,
+    method: Method,
+    route: String,
+    key: String,
+    status: StatusCode,
+    streamed: bool,
+    start: Instant,
+    first: Option<Duration>,
+}
+
+/// A body after which a request is counted.
+struct Logged {
+    body: Body,
+    done: Done,
+}
+
+impl http_body::Body for Logged {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let found = Pin::new(&mut self.body).poll_frame(context);
+        if self.done.streamed && self.done.first.is_none() && matches!(found, Poll::Ready(Some(Ok(_)))) {
+            self.done.first = Some(self.done.start.elapsed());
+        }
+        found
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl Drop for Done {
+    fn drop(&mut self) {
+        let seconds = self.start.elapsed().as_secs_f64();
+        let metrics = &self.gate.metrics;
+        let (route, key) = (self.route.clone(), self.key.clone());
+        metrics.seconds.get_or_create(&Route { route: route.clone() }).observe(seconds);
+        metrics.requests.get_or_create(&Answered { route, status: self.status.as_u16(), key }).inc();
+        if let Some(first) = self.first {
+            metrics.first_piece.observe(first.as_secs_f64());
+        }
+        // Never a path, a body or a picture: what was asked is the asker's.
+        tracing::info!(
+            target: "radapt::requests",
+            id = %self.id,
+            method = %self.method,
+            route = %self.route,
+            status = self.status.as_u16(),
+            key = %self.key,
+            seconds = format!("{seconds:.3}"),
+        );
+    }
+}
