@@ -12,7 +12,7 @@ fuzz_target!(|bytes: &[u8]| {
     let whole = checkpoint.at("", &Device::Cpu);
     for name in checkpoint.names().iter().take(8) {
         if let Some(shape) = checkpoint.shape(name) {
-            let _ = whole.get(&shape, name);
+            let _ = whole.get(name, &shape);
         }
     }
 });

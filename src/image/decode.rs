@@ -174,6 +174,9 @@ pub fn measure(bytes: &[u8], name: &str, limits: &DecodeLimits) -> Result<Header
 /// How often the chunks of a PNG may lie in memory: as read, into a buffer that doubles, and as
 /// text.
 const PNG_CHUNKS: u64 = 4;
+/// What a decoder keeps of each chunk or segment, at most, in bytes, besides what it holds. A file
+/// may have millions of a few bytes each.
+const PART: u64 = 256;
 /// The most bytes that the colour profile of a PNG is unpacked to; printers' have 2 MiB.
 const MAX_PROFILE: u64 = 8 << 20;
 /// The most scans of a JPEG: each walks over all pixels, however few bytes it has. Encoders write
@@ -364,12 +367,13 @@ fn png_outline(bytes: &[u8]) -> Option<Outline> {
     let mut outline = Outline::new((u32_be(bytes, 16)?, u32_be(bytes, 20)?));
     let mut at = 8_usize;
     while let (Some(length), Some(tag)) = (u32_be(bytes, at), bytes.get(at + 4..at + 8)) {
+        outline.working += PART;
         match tag {
             b"IDAT" => break,
             // Deflate makes at most 1032 bytes of one.
             // The png crate up to 0.18.1 panics on these (image-png#694).
             b"PLTE" if length % 3 != 0 => outline.wrong = Some("a palette that is not of whole colours"),
-            b"iCCP" => outline.working = MAX_PROFILE.min(1032 * u64::from(length)),
+            b"iCCP" => outline.working += MAX_PROFILE.min(1032 * u64::from(length)),
             _ => {}
         }
         let Some(next) = at.checked_add(12).and_then(|a| a.checked_add(length as usize)) else { break };
@@ -400,7 +404,7 @@ fn jpeg_outline(bytes: &[u8]) -> Option<Outline> {
     let mut frame: Option<(u32, u32, u64)> = None;
     // A second frame header is an error, but not all decoders say so.
     let mut samples = 0_u64;
-    let (mut whole, mut buffered, mut scans) = (false, false, 0_usize);
+    let (mut whole, mut buffered, mut scans, mut parts) = (false, false, 0_usize, 0_u64);
     let mut at = 2;
     while let Some(&[mark, code]) = bytes.get(at..).and_then(<[u8]>::first_chunk) {
         // Entropy-coded bytes, a stuffed 0xff, or a fill byte before a marker.
@@ -429,10 +433,11 @@ fn jpeg_outline(bytes: &[u8]) -> Option<Outline> {
         }
         let Some(length) = u16_be(bytes, at) else { break };
         at += usize::from(length);
+        parts += 1;
     }
     let (width, height, components) = frame?;
     Some(Outline {
-        working: if buffered || scans > 1 { 2 * samples } else { 0 },
+        working: PART * parts + if buffered || scans > 1 { 2 * samples } else { 0 },
         // CMYK becomes RGB.
         channels: if components == 1 { 1 } else { 3 },
         passes: u32::try_from(scans.max(1)).unwrap_or(u32::MAX),
@@ -502,6 +507,7 @@ fn webp_outline(bytes: &[u8]) -> Option<Outline> {
         let Some(length) = u32_le(bytes, at + 4) else { break };
         let length = usize::try_from(length).ok()?;
         let body = at + 8;
+        working += PART;
         let found = match tag {
             b"VP8X" => Some((u24_le(bytes, body + 4)? + 1, u24_le(bytes, body + 7)? + 1)),
             b"VP8 " => {

@@ -173,6 +173,13 @@ pub fn webp_large_frame() -> Vec<u8> {
     ])
 }
 
+/// A frame of one pixel among chunks of unknown kinds.
+pub fn webp_of_chunks(count: u32) -> Vec<u8> {
+    let mut frame = [u24(0), u24(0), u24(0), u24(0), u24(1), vec![0]].concat();
+    frame.extend((0..count).flat_map(|kind| [(kind | 0x8000_0000).to_le_bytes(), [0; 4]].concat()));
+    riff(&[(b"VP8X", [vec![2, 0, 0, 0], u24(0), u24(0)].concat()), (b"ANIM", vec![0; 6]), (b"ANMF", frame)])
+}
+
 /// A JPEG's header: the frame marker (0xc0 baseline, 0xc2 progressive), its size, and scans without
 /// data.
 pub fn jpeg(marker: u8, width: u16, height: u16, components: u8, scans: usize) -> Vec<u8> {
