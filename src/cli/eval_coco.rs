@@ -9,7 +9,7 @@ use radapt::attack::Subject;
 use radapt::data::coco::Coco;
 use radapt::data::coco300::ObjectSet;
 use radapt::defense::{Defense, DefenseOptions};
-use radapt::engine::{Engine, EngineOptions, Role, Sampling, Turn};
+use radapt::engine::{Engine, EngineOptions, Sampling, Turn};
 use radapt::eval::coco::{Asked, CocoRun, CocoSummary, CraftedSet, Source, Speaker, Spoken};
 use radapt::eval::prompts;
 use radapt::eval::run::{Manifest, Run};
@@ -105,8 +105,7 @@ struct Loaded {
 impl Speaker for Loaded {
     fn answers(&self, asked: &[Asked<'_>]) -> radapt::Result<Vec<Result<String, String>>> {
         let answer = async |asked: &Asked<'_>| {
-            let turn =
-                Turn { role: Role::User, text: asked.prompt.clone(), images: vec![asked.picture.clone()] };
+            let turn = Turn::of_pictures(asked.prompt.clone(), vec![asked.picture.clone()]);
             let sampling = Sampling { max_tokens: asked.max_tokens, ..Sampling::default() };
             let found = self.engine.answer(&[turn], &sampling).await;
             found.map(|answer| answer.text.trim().to_string()).map_err(|e| e.to_string())

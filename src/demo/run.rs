@@ -9,7 +9,7 @@ use crate::attack::{
     Crafted, Eps, Feature, FeatureObjective, Maximise, Pgd, Pictures, Subject, Threat, ThreatKind,
 };
 use crate::defense::DefenseOptions;
-use crate::engine::{Engine, EngineOptions, Role, Sampling, Turn};
+use crate::engine::{Engine, EngineOptions, Sampling, Turn};
 use crate::eval::wilson;
 use crate::image::{pixels_from_rgb, rgb_from_pixels};
 use crate::model::{Model, ModelKind};
@@ -259,7 +259,7 @@ pub async fn answers(
     });
     let sampling = Sampling { max_tokens: 48, ..Sampling::default() };
     let answer = async |(scene, picture, question): (&Scene, &RgbImage, &str)| -> Result<Answer> {
-        let turn = Turn { role: Role::User, text: question.into(), images: vec![picture.clone()] };
+        let turn = Turn::of_pictures(question, vec![picture.clone()]);
         let answer = engine.answer(&[turn], &sampling).await?.text.trim().to_string();
         let verdict = verdict(&answer, scene.name());
         Ok(Answer { question: question.into(), answer, verdict })

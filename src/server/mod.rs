@@ -5,16 +5,20 @@
 
 mod api;
 mod chat;
+mod conversation;
+mod docs;
+mod pictures;
+mod responses;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::{DefaultBodyLimit, State};
+use axum::extract::{DefaultBodyLimit, Path, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
 use crate::engine::Engine;
@@ -22,6 +26,7 @@ use crate::image::DecodeLimits;
 use crate::{Error, Result};
 
 pub use api::ApiError;
+use pictures::Intake;
 
 /// What a server is started with.
 #[derive(Debug, Clone)]
@@ -36,23 +41,46 @@ pub struct ServerOptions {
     pub max_tokens: usize,
     /// The most pictures a request may have.
     pub max_pictures: usize,
+    /// The most answers a request may ask for, as `n`.
+    pub max_choices: usize,
 }
 
 struct Served {
-    engine: Engine,
+    engine: Arc<Engine>,
     options: ServerOptions,
+    intake: Intake,
     /// Seconds since 1970 at the start, as `/v1/models` reports it.
     created: u64,
 }
 
-/// The routes: `POST /v1/chat/completions`, `GET /v1/models`, `GET /health`.
+impl Served {
+    /// The engine behind a model's name.
+    fn engine(&self, model: &str) -> std::result::Result<Arc<Engine>, ApiError> {
+        if model == self.options.name {
+            return Ok(self.engine.clone());
+        }
+        Err(ApiError::no_model(model, &format!("`{}`", self.options.name)))
+    }
+
+    fn model(&self) -> Value {
+        json!({ "id": self.options.name, "object": "model", "created": self.created, "owned_by": "radapt" })
+    }
+}
+
+/// The routes: `POST /v1/chat/completions`, `POST /v1/responses`, `GET /v1/models`, `GET /health`, and
+/// what describes them, `GET /openapi.json` and `GET /docs`.
 pub fn router(engine: Engine, options: ServerOptions) -> Router {
     let limit = DefaultBodyLimit::max(options.max_body);
-    let served = Arc::new(Served { engine, options, created: api::now() });
+    let intake = Intake::new(options.limits);
+    let served = Arc::new(Served { engine: Arc::new(engine), intake, options, created: api::now() });
     Router::new()
         .route("/v1/chat/completions", post(chat::completions))
+        .route("/v1/responses", post(responses::create))
         .route("/v1/models", get(models))
+        .route("/v1/models/{*id}", get(model))
         .route("/health", get(|| async { axum::Json(json!({ "status": "ok" })) }))
+        .route("/openapi.json", get(docs::document))
+        .route("/docs", get(docs::page))
         .fallback(|| async { ApiError::not_found("no such route") })
         .method_not_allowed_fallback(|| async {
             ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "method not allowed here", None)
@@ -101,9 +129,12 @@ async fn stop_signal() {
 }
 
 async fn models(State(served): State<Arc<Served>>) -> Response {
-    axum::Json(json!({
-        "object": "list",
-        "data": [{ "id": served.options.name, "object": "model", "created": served.created, "owned_by": "radapt" }],
-    }))
-    .into_response()
+    axum::Json(json!({ "object": "list", "data": [served.model()] })).into_response()
+}
+
+async fn model(State(served): State<Arc<Served>>, Path(id): Path<String>) -> Response {
+    match served.engine(&id) {
+        Ok(_) => axum::Json(served.model()).into_response(),
+        Err(error) => error.into_response(),
+    }
 }
