@@ -23,7 +23,6 @@ use super::{Global, chat, print};
 pub struct Serve {
     /// A TOML file of flags
     #[arg(long, value_name = "FILE")]
-    #[expect(dead_code, reason = "read before the flags are, in serve_config")]
     config: Option<PathBuf>,
     /// Load everything, say whether it is in order, and exit: 0 if it is, 1 or 2 if not
     #[arg(long)]

@@ -202,8 +202,10 @@ impl Engine {
         sampling: &Sampling,
     ) -> Result<impl Stream<Item = Result<Piece>> + Send + use<>> {
         let (mut steps, mut responses) = self.send(turns, tools, sampling).await?;
-        let (vocabulary, thinks) =
-            (self.vocabulary.clone(), self.manner.thinks && sampling.grammar.is_none());
+        let (vocabulary, thinks) = (
+            self.vocabulary.clone(),
+            self.manner.thinks && sampling.grammar.as_ref().is_none_or(|grammar| grammar.free),
+        );
         let (mut text, keep) = (Text::new(&sampling.stop), sampling.top_logprobs.is_some());
         Ok(async_stream::stream! {
             let mut thoughts = Thoughts::new(false, false);

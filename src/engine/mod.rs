@@ -116,7 +116,11 @@ impl Engine {
             (pipeline.get_metadata(), thinks)
         };
         let no_vocabulary = || Error::Engine("the tokenizer has no byte vocabulary".into());
-        let vocabulary = metadata.llg_factory.clone().ok_or_else(no_vocabulary)?;
+        let tokens = metadata.tok_env().ok_or_else(no_vocabulary)?;
+        let mut vocabulary = ParserFactory::new_simple(&tokens).map_err(|e| Error::Engine(e.to_string()))?;
+        // Its warnings quote what a stranger asked for.
+        vocabulary.quiet().limits_mut().verbose_errors = false;
+        let vocabulary = Arc::new(vocabulary);
         // The prefix cache matches prompts before their pictures are put in place.
         let runner = MistralRsBuilder::new(loaded.pipeline, scheduler, false, None)
             .with_no_prefix_cache(true)

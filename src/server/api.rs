@@ -173,8 +173,10 @@ pub struct ChatRequest {
 #[derive(Debug, Deserialize)]
 pub struct Harmless {
     pub user: Option<String>,
-    pub safety_identifier: Option<String>,
-    pub prompt_cache_key: Option<String>,
+    #[serde(rename = "safety_identifier")]
+    pub _safety_identifier: Option<String>,
+    #[serde(rename = "prompt_cache_key")]
+    pub _prompt_cache_key: Option<String>,
     pub metadata: Option<BTreeMap<String, String>>,
     pub store: Option<bool>,
     pub service_tier: Option<String>,

@@ -17,7 +17,7 @@ use super::api::{
     ApiError, ChatRequest, JsonSchema, ResponseFormat, Stop, ToolChoice, ToolDefinition, is_name, now,
     refuse, within,
 };
-use super::conversation::Reader;
+use super::conversation::{Api, Reader};
 use crate::Error;
 use crate::engine::{Alternative, Calls, Engine, Grammar, Piece, Said, Sampling, Token, Tool, Turn};
 
@@ -32,7 +32,7 @@ pub async fn completions(
     let Json(request) = body?;
     let engine = served.engine(&request.model)?;
     let asked = Asked::read(&request, &served)?;
-    let turns = Reader::new(&served).messages(&request.messages).await?;
+    let turns = Reader::new(&served, Api::Chat).messages(&request.messages).await?;
     let hold = compile(&engine, &asked.hold, &asked.tools).await?;
     let mut answers = Vec::new();
     for choice in 0..asked.n {
@@ -88,8 +88,8 @@ pub enum Hold {
     Free,
     /// JSON of this schema, which the named field gave.
     Schema(Value, &'static str),
-    /// Up to so many calls of the tools.
-    Calls(usize),
+    /// Up to so many calls of the tools, and nothing else unless it is free.
+    Calls { most: usize, free: bool },
 }
 
 /// Compiles what an answer is held to, away from the threads that serve.
@@ -101,9 +101,9 @@ pub async fn compile(engine: &Arc<Engine>, hold: &Hold, tools: &[Tool]) -> Resul
             let schema = schema.clone();
             (tokio::task::spawn_blocking(move || engine.json_grammar(&schema)), *param)
         }
-        Hold::Calls(most) => {
-            let (tools, most) = (tools.to_vec(), *most);
-            (tokio::task::spawn_blocking(move || engine.call_grammar(&tools, most)), "tools")
+        Hold::Calls { most, free } => {
+            let (tools, most, free) = (tools.to_vec(), *most, *free);
+            (tokio::task::spawn_blocking(move || engine.call_grammar(&tools, most, free)), "tools")
         }
     };
     let grammar = grammar.await.map_err(|e| Error::Engine(e.to_string()))?;
@@ -152,18 +152,22 @@ impl Asked {
             return Err(ApiError::bad_request(format!("n: expected 1 to {most}, found {n}"), "n"));
         }
         let tools = tools(request.tools.as_deref().unwrap_or_default())?;
+        let strict = request.tools.iter().flatten().any(|tool| tool.function.strict == Some(true));
         let parallel = request.parallel_tool_calls.unwrap_or(true);
         let (tools, calls, most_calls, named) = choice(tools, request.tool_choice.as_ref(), parallel)?;
         let hold = match format(request.response_format.as_ref())? {
-            Hold::Free if calls == Some(true) => Hold::Calls(most_calls),
-            Hold::Free => Hold::Free,
+            Hold::Free => match calls {
+                Some(true) => Hold::Calls { most: most_calls, free: false },
+                // A call that was not asked for keeps to its schema where that is promised.
+                Some(false) if strict => Hold::Calls { most: most_calls, free: true },
+                _ => Hold::Free,
+            },
             _ if calls.is_some() => {
                 let message = "response_format: not together with tools, unless tool_choice is none";
                 return Err(ApiError::bad_request(message, "response_format"));
             }
             hold => hold,
         };
-        strict(request.tools.as_deref().unwrap_or_default(), calls)?;
         Ok(Self {
             sampling: sampling(request, served)?,
             n,
@@ -176,15 +180,6 @@ impl Asked {
             include_usage,
         })
     }
-}
-
-/// Calls that were not forced are written freely, so that nothing holds them to a schema.
-fn strict(tools: &[ToolDefinition], calls: Option<bool>) -> Result<(), ApiError> {
-    if calls == Some(false) && tools.iter().any(|tool| tool.function.strict == Some(true)) {
-        let message = "tools: strict: only where tool_choice is required or names a function";
-        return Err(ApiError::bad_request(message, "tools"));
-    }
-    Ok(())
 }
 
 fn sampling(request: &ChatRequest, served: &Served) -> Result<Sampling, ApiError> {

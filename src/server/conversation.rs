@@ -4,16 +4,24 @@ use super::Served;
 use super::api::{ApiError, Content, ImageUrl, Message, Part, is_name, refuse};
 use crate::engine::{Call, Role, Turn};
 
+/// Which of OpenAI's two APIs a part of a message is written for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Api {
+    Chat,
+    Responses,
+}
+
 /// Reads the messages of one request.
 pub struct Reader<'a> {
     served: &'a Served,
+    api: Api,
     /// How many pictures there were so far.
     pictures: usize,
 }
 
 impl<'a> Reader<'a> {
-    pub fn new(served: &'a Served) -> Self {
-        Self { served, pictures: 0 }
+    pub fn new(served: &'a Served, api: Api) -> Self {
+        Self { served, api, pictures: 0 }
     }
 
     /// The turns of a chat completion's messages.
@@ -141,18 +149,25 @@ impl<'a> Reader<'a> {
             let mut rest = part.rest.clone();
             if part.kind == "output_text" {
                 // As an answer of ours has them.
-                rest.retain(|field, _| field != "annotations" && field != "logprobs");
+                rest.retain(|field, value| {
+                    !(["annotations", "logprobs"].contains(&field.as_str()) && value.is_array())
+                });
             }
             refuse(&rest, &at)?;
-            match (part.kind.as_str(), &part.text, url(part, &at)?) {
-                ("text" | "input_text" | "output_text", Some(text), None) => {
+            let (texts, pictures): (&[&str], _) = match self.api {
+                Api::Chat => (&["text"], "image_url"),
+                Api::Responses => (&["input_text", "output_text"], "input_image"),
+            };
+            let kind = part.kind.as_str();
+            match (texts.contains(&kind), kind == pictures, &part.text, url(part, &at)?) {
+                (true, _, Some(text), None) => {
                     if after_text {
                         turn.text.push('\n');
                     }
                     turn.text.push_str(text);
                     after_text = true;
                 }
-                ("image_url" | "input_image", None, Some(url)) => {
+                (_, true, None, Some(url)) => {
                     self.pictures += 1;
                     let most = self.served.options.max_pictures;
                     if self.pictures > most {
@@ -170,14 +185,13 @@ impl<'a> Reader<'a> {
                     turn.places.push(turn.text.len());
                     after_text = false;
                 }
-                (kind @ ("text" | "input_text" | "output_text" | "image_url" | "input_image"), ..) => {
-                    let message = format!("{at}: not a whole part of type {kind}");
+                (false, false, ..) => {
+                    let kind: String = kind.chars().take(32).collect();
+                    let message = format!("{at}.type: `{kind}` is not offered by this server");
                     return Err(ApiError::bad_request(message, &at));
                 }
-                (other, ..) => {
-                    let other: String = other.chars().take(32).collect();
-                    let message = format!("{at}.type: `{other}` is not offered by this server");
-                    return Err(ApiError::bad_request(message, &at));
+                _ => {
+                    return Err(ApiError::bad_request(format!("{at}: not a whole part of type {kind}"), &at));
                 }
             }
         }

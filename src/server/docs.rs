@@ -57,12 +57,11 @@ ul.toc { padding-left: 1.15rem; }\n";
 
 /// The document as a page.
 fn written(document: &Value) -> String {
-    let text = |value: &Value| page::escape(value.as_str().unwrap_or_default());
     let mut body = format!(
         "<div class=\"top\"><p class=\"eyebrow\">radapt {}</p><h1>The server’s API</h1></div>\n<main id=\"routes\">\n\
          <p>{}</p>\n<p>As a document for machines: <a href=\"/openapi.json\">/openapi.json</a>.</p>\n<h2>Routes</h2>\n",
-        text(&document["info"]["version"]),
-        text(&document["info"]["description"]),
+        prose(&document["info"]["version"]),
+        prose(&document["info"]["description"]),
     );
     for (path, methods) in fields(&document["paths"]) {
         for (method, operation) in fields(methods) {
@@ -71,8 +70,8 @@ fn written(document: &Value) -> String {
                 "<section class=\"card\">\n<h3 class=\"route\">{} {}</h3>\n<p>{}. {}</p>\n<dl class=\"facts\">\n",
                 method.to_uppercase(),
                 page::escape(path),
-                text(&operation["summary"]),
-                text(&operation["description"]),
+                prose(&operation["summary"]),
+                prose(&operation["description"]),
             );
             let asked = kind(&operation["requestBody"]["content"]["application/json"]["schema"]);
             if !asked.is_empty() {
@@ -81,10 +80,10 @@ fn written(document: &Value) -> String {
             for (status, answer) in fields(&operation["responses"]) {
                 let kinds: Vec<String> = fields(&answer["content"])
                     .map(|(media, content)| {
-                        let schema = if content["itemSchema"].is_null() {
+                        let schema = if content["x-event-schema"].is_null() {
                             &content["schema"]
                         } else {
-                            &content["itemSchema"]
+                            &content["x-event-schema"]
                         };
                         format!("{} <span class=\"soft\">({})</span>", kind(schema), page::escape(media))
                     })
@@ -93,7 +92,7 @@ fn written(document: &Value) -> String {
                     body,
                     "<dt>{}</dt><dd>{} {}</dd>",
                     page::escape(status),
-                    text(&answer["description"]),
+                    prose(&answer["description"]),
                     kinds.join(" or ")
                 );
             }
@@ -106,7 +105,7 @@ fn written(document: &Value) -> String {
             body,
             "<section class=\"card\">\n<h3 id=\"{0}\">{0}</h3>\n<p>{1}</p>\n",
             page::escape(name),
-            text(&schema["description"]),
+            prose(&schema["description"]),
         );
         match fields(&schema["properties"]).next() {
             Some(_) => table(&mut body, schema),
@@ -137,7 +136,7 @@ fn table(body: &mut String, schema: &Value) {
             "<tr><td><code>{}</code>{must}</td><td>{}</td><td>{} {}</td></tr>",
             page::escape(field),
             kind(schema),
-            page::escape(schema["description"].as_str().unwrap_or_default()),
+            prose(&schema["description"]),
             limits(schema),
         );
     }
@@ -192,6 +191,15 @@ fn limits(schema: &Value) -> String {
         .map(|bound| format!("{bound} <code>{}</code>", page::escape(&schema[*bound].to_string())))
         .collect();
     if told.is_empty() { String::new() } else { format!("<span class=\"under\">{}</span>", told.join(", ")) }
+}
+
+/// A description as HTML: what stands between backticks is code.
+fn prose(text: &Value) -> String {
+    let text = page::escape(text.as_str().unwrap_or_default());
+    let parts = text.split('`').enumerate();
+    parts
+        .map(|(i, part)| if i % 2 == 1 { format!("<code>{part}</code>") } else { part.to_string() })
+        .collect()
 }
 
 fn fields(value: &Value) -> impl Iterator<Item = (&String, &Value)> {

@@ -18,7 +18,7 @@ use serde_json::{Map, Value, json};
 use super::Served;
 use super::api::{ApiError, Content, Harmless, is_name, now, refuse};
 use super::chat::{Hold, Pieces, compile, max_tokens, pieces, schema_of, temperature, top_p};
-use super::conversation::Reader;
+use super::conversation::{Api, Reader};
 use crate::Error;
 use crate::engine::{Role, Sampling, Turn};
 
@@ -179,7 +179,7 @@ async fn turns(request: &ResponsesRequest, served: &Served) -> Result<Vec<Turn>,
     match &request.input {
         Input::Text(text) => turns.push(Turn::text(Role::User, text.clone())),
         Input::Items(items) => {
-            let mut reader = Reader::new(served);
+            let mut reader = Reader::new(served, Api::Responses);
             for (i, item) in items.iter().enumerate() {
                 let param = format!("input[{i}]");
                 refuse(&item.rest, &param)?;
