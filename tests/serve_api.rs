@@ -56,7 +56,8 @@ fn tools() -> Value {
 fn the_same_seed_gives_the_same_answer_among_others() {
     let server = Server::start(&[]);
     let ask = |seed: usize| {
-        let (status, answer) = server.chat(&about(json!({ "temperature": 1.8, "seed": seed, "n": 2 })));
+        let fields = json!({ "temperature": 1.8, "seed": seed, "n": 2, "logprobs": true });
+        let (status, answer) = server.chat(&about(fields));
         assert_eq!(status, 200, "{answer}");
         answer["choices"].clone()
     };
@@ -68,6 +69,7 @@ fn the_same_seed_gives_the_same_answer_among_others() {
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..18).map(|i| (i % 6, scope.spawn(move || ask(i % 6)))).collect();
         for (seed, thread) in threads {
+            // To the last bit of the log-probabilities.
             assert_eq!(thread.join().expect("an answer"), alone[seed], "{seed}");
         }
     });
@@ -280,7 +282,8 @@ fn instructions_and_several_pictures_reach_the_model() {
     }
     let one = tokens(json!([user(json!([picture(), text("What is it?")]))]));
     let two = tokens(json!([user(json!([picture(), text("What is it?"), picture()]))]));
-    assert_eq!(two - one, one - plain);
+    // 64 tokens each, and what stands between them and the text.
+    assert!((64..70).contains(&(one - plain)) && (64..70).contains(&(two - one)), "{plain} {one} {two}");
     let turns = json!([
         user(json!([picture(), text("What is it?")])),
         { "role": "assistant", "content": [text("A dog.")] },

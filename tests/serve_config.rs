@@ -78,7 +78,11 @@ fn every_flag_is_a_key() {
     for flag in flags {
         // No flag takes a table.
         let config = file(&format!("[{flag}]\n"));
-        let output = check(&["--config", config.path().to_str().expect("a path")], &[]);
+        let output = Command::new(env!("CARGO_BIN_EXE_radapt"))
+            .args(["serve", "--check", "--config"])
+            .arg(config.path())
+            .output()
+            .expect("radapt runs");
         let error = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(2), "{flag}: {error}");
         assert!(error.contains(flag) && !error.contains("unknown"), "{flag}: {error}");

@@ -76,6 +76,8 @@ pub(super) struct Plan {
     /// Added to these tokens' logits.
     pub bias: Vec<(u32, f32)>,
     pub seed: u64,
+    /// Whether the seed was asked for, and is to give the same answer again.
+    pub seeded: bool,
     /// Which of a request's answers this is: each has its own random numbers.
     pub choice: u64,
     pub top_logprobs: Option<usize>,
@@ -262,6 +264,12 @@ impl Chooser {
 }
 
 impl CustomLogitsProcessor for Chooser {
+    /// What a seed draws must not depend on what else is answered at the time: in batches of other
+    /// sizes sums differ in their last bits.
+    fn alone(&self) -> bool {
+        self.plan.seeded && self.plan.temperature >= GREEDY
+    }
+
     fn apply(&self, logits: &Tensor, context: &[u32]) -> candle_core::Result<Tensor> {
         let row = logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         // Never an error: mistral.rs would drop a token of every other conversation in the batch.

@@ -88,7 +88,8 @@ pub struct Sampling {
     pub temperature: Option<f64>,
     /// Nucleus sampling.
     pub top_p: Option<f64>,
-    /// Decides all that is drawn at random; another each time where not given.
+    /// Decides all that is drawn at random; another each time where not given. What is drawn by a
+    /// seed is computed outside of batches, so that it is the same whatever else is answered.
     pub seed: Option<u64>,
     /// Which of several answers to one request this is; each draws its own.
     pub choice: u64,
@@ -301,6 +302,7 @@ impl Engine {
             frequency_penalty: sampling.frequency_penalty,
             bias: sampling.bias.clone(),
             seed,
+            seeded: sampling.seed.is_some(),
             choice: sampling.choice,
             top_logprobs: sampling.top_logprobs,
             trace: sampling.trace,

@@ -24,7 +24,14 @@ pub struct ApiError {
 impl ApiError {
     /// With a status, a message and the request field at fault.
     pub fn new(status: StatusCode, message: impl Into<String>, param: Option<&str>) -> Self {
-        Self { status, message: message.into(), param: param.map(str::to_string), code: None }
+        // What a stranger sent may stand in both, and be long.
+        let short = |text: &str, most: usize| text.chars().take(most).collect::<String>();
+        Self {
+            status,
+            message: short(&message.into(), 1000),
+            param: param.map(|p| short(p, 200)),
+            code: None,
+        }
     }
 
     /// A request that cannot be answered as it is.
@@ -46,7 +53,8 @@ impl ApiError {
 
     /// Another request field at fault, where none is named.
     pub fn at(self, param: &str) -> Self {
-        Self { param: self.param.or_else(|| Some(param.to_string())), ..self }
+        let named = Self::new(self.status, self.message, self.param.as_deref().or(Some(param)));
+        Self { code: self.code, ..named }
     }
 
     /// What OpenAI calls the kind.

@@ -15,6 +15,9 @@ use crate::page;
 /// The document, without what a server is started with.
 const DOCUMENT: &str = include_str!("openapi.json");
 
+/// A red picture of one pixel.
+const DOT: &str = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mP4z8AAAAMBAQD3A0FDAAAAAElFTkSuQmCC";
+
 /// `GET /openapi.json`
 pub async fn document(State(served): State<Arc<Served>>) -> Json<Value> {
     Json(described(&served.options))
@@ -45,6 +48,24 @@ fn described(options: &ServerOptions) -> Value {
         chat[field]["maximum"] = json!(options.max_tokens);
     }
     schemas["ResponsesRequest"]["properties"]["max_output_tokens"]["maximum"] = json!(options.max_tokens);
+    let question = "What is in the picture?";
+    let most = options.max_tokens.min(16);
+    let picture = json!({ "type": "image_url", "image_url": { "url": DOT } });
+    let content = json!([picture, { "type": "text", "text": question }]);
+    let messages = json!([{ "role": "user", "content": content }]);
+    let picture = json!({ "type": "input_image", "image_url": DOT });
+    let content = json!([picture, { "type": "input_text", "text": question }]);
+    let input = json!([{ "role": "user", "content": content }]);
+    for (path, example) in [
+        (
+            "/v1/chat/completions",
+            json!({ "model": options.name, "messages": messages, "max_completion_tokens": most }),
+        ),
+        ("/v1/responses", json!({ "model": options.name, "input": input, "max_output_tokens": most })),
+    ] {
+        document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["example"] = example;
+    }
+    document["paths"]["/v1/models/{model}"]["get"]["parameters"][0]["example"] = json!(options.name);
     document
 }
 
@@ -75,7 +96,12 @@ fn written(document: &Value) -> String {
             );
             let asked = kind(&operation["requestBody"]["content"]["application/json"]["schema"]);
             if !asked.is_empty() {
-                let _ = writeln!(body, "<dt>Takes</dt><dd>{asked}</dd>");
+                let example = &operation["requestBody"]["content"]["application/json"]["example"];
+                let _ = writeln!(
+                    body,
+                    "<dt>Takes</dt><dd>{asked}, such as <code>{}</code></dd>",
+                    page::escape(&example.to_string())
+                );
             }
             for (status, answer) in fields(&operation["responses"]) {
                 let kinds: Vec<String> = fields(&answer["content"])
