@@ -15,7 +15,7 @@ use anyhow::{Context, bail};
 use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
 use radapt::defense::{AnchorChoice, DefenseOptions};
-use radapt::engine::{Engine, EngineOptions, Role, Sampling, Turn};
+use radapt::engine::{Engine, EngineOptions, Sampling, Turn};
 use radapt::model::{Lookup, Model};
 use serde_json::{Value, json};
 
@@ -157,7 +157,7 @@ fn case(name: &str, folder: &str, side: u32) -> anyhow::Result<()> {
     };
     let picture =
         RgbImage::from_fn(side, side, |x, y| image::Rgb([(x * 7) as u8, (y * 5) as u8, (x * y) as u8]));
-    let turn = Turn { role: Role::User, text: "what is it ?".into(), images: vec![picture] };
+    let turn = Turn::of_pictures("what is it ?", vec![picture]);
     let sampling = Sampling { max_tokens: 1, ..Sampling::default() };
     let runtime = tokio::runtime::Runtime::new()?;
     let (loaded, seconds) = runtime.block_on(async {

@@ -13,11 +13,8 @@ const LOOK: &str = include_str!("page.css");
 /// hash; so nothing in `body` may have a `style` attribute. `title` and `made_by` are text, `css` has
 /// the page's own rules, `skip` is the id and the name of what a keyboard may jump to, `body` is HTML.
 pub(crate) fn document(title: &str, made_by: &str, css: &str, skip: (&str, &str), body: &str) -> String {
+    let policy = policy(css);
     let css = [LOOK, css].concat();
-    let policy = format!(
-        "default-src 'none'; img-src data:; style-src 'sha256-{}'; base-uri 'none'; form-action 'none'",
-        STANDARD.encode(Sha256::digest(&css))
-    );
     format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta name=\"generator\" content=\"{made_by}\">\n\
@@ -34,6 +31,14 @@ pub(crate) fn document(title: &str, made_by: &str, css: &str, skip: (&str, &str)
         to = skip.0,
         name = escape(skip.1),
         version = env!("CARGO_PKG_VERSION"),
+    )
+}
+
+/// The content security policy of a page with these rules of its own.
+pub(crate) fn policy(css: &str) -> String {
+    format!(
+        "default-src 'none'; img-src data:; style-src 'sha256-{}'; base-uri 'none'; form-action 'none'",
+        STANDARD.encode(Sha256::digest([LOOK, css].concat()))
     )
 }
 

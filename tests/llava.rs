@@ -289,8 +289,7 @@ fn a_trained_llava_answers_as_in_transformers_about_real_photos() {
                 let at = (y * 32 + x) as usize;
                 image::Rgb([row[at], row[1024 + at], row[2048 + at]])
             });
-            let turn =
-                Turn { role: Role::User, text: questions[i % questions.len()].into(), images: vec![photo] };
+            let turn = Turn::of_pictures(questions[i % questions.len()], vec![photo]);
             let answer = engine
                 .answer(&[turn], &Sampling { trace: false, ..sampling(limit) })
                 .await

@@ -230,7 +230,7 @@ fn prompts_of_one_length_share_steps() {
             let conversation = |(width, height): (u32, u32)| {
                 let size = (width * side, height * side);
                 let image = RgbImage::from_fn(size.0, size.1, |x, y| image::Rgb([x as u8, y as u8, 99]));
-                vec![Turn { role: Role::User, text: "What is it?".into(), images: vec![image] }]
+                vec![Turn::of_pictures("What is it?", vec![image])]
             };
             let conversations = [(4, 3), (6, 2), (3, 4), (2, 6)].map(conversation);
             let mut alone = Vec::new();
@@ -266,13 +266,13 @@ fn bad_conversations_are_errors() {
                 assert!(matches!(error, Error::Conversation(_)), "{error:?}");
             }
             // 512 tokens are the most; each of these takes 10 or more.
-            let long = Turn { role: Role::User, text: "What?".into(), images: vec![picture("wide"); 60] };
+            let long = Turn::of_pictures("What?", vec![picture("wide"); 60]);
             let error = engine.answer(&[long], &sampling(2)).await.expect_err("a long prompt");
             assert!(error.to_string().contains("the model takes 512"), "{error}");
-            let strip = Turn { role: Role::User, text: "What?".into(), images: vec![RgbImage::new(201, 1)] };
+            let strip = Turn::of_pictures("What?", vec![RgbImage::new(201, 1)]);
             let error = engine.answer(&[strip], &sampling(2)).await.expect_err("a strip");
             assert!(error.to_string().contains("200"), "{error}");
-            let empty = Turn { role: Role::User, text: "What?".into(), images: vec![RgbImage::new(0, 0)] };
+            let empty = Turn::of_pictures("What?", vec![RgbImage::new(0, 0)]);
             engine.answer(&[empty], &sampling(2)).await.expect_err("a picture without pixels");
 
             let case = &cases(name)[0];

@@ -3,65 +3,20 @@
 #![cfg(feature = "engine")]
 
 mod fixture;
+mod serving;
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 
 use base64::Engine as _;
 use fixture::path;
 use serde_json::{Value, json};
+use serving::{Server, python};
 
-/// A running server; dropped, it is stopped.
-struct Server {
-    child: Child,
-    address: String,
-}
-
-impl Server {
-    fn start(extra: &[&str]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_radapt"))
-            .args(["serve", "--addr", "127.0.0.1:0", "--model", &path("llava/v4").display().to_string()])
-            .args(["--name", "tiny", "--contract", "llava-crop", "--json"])
-            .args(extra)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::inherit())
-            .spawn()
-            .expect("the server starts");
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().expect("a pipe")).read_line(&mut line).expect("its first line");
-        let started: Value = serde_json::from_str(&line).expect("JSON");
-        Self { child, address: started["address"].as_str().expect("an address").to_string() }
-    }
-
-    /// One HTTP/1.1 exchange: status and body.
-    fn request(&self, method: &str, route: &str, body: &str) -> (u16, String) {
-        let mut stream = TcpStream::connect(&self.address).expect("a connection");
-        let length = body.len();
-        write!(
-            stream,
-            "{method} {route} HTTP/1.1\r\nhost: {}\r\ncontent-type: application/json\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}",
-            self.address
-        )
-        .expect("sent");
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).expect("an answer");
-        let status = answer.split(' ').nth(1).and_then(|code| code.parse().ok()).expect("a status");
-        let body = answer.split_once("\r\n\r\n").map(|(_, body)| body.to_string()).unwrap_or_default();
-        (status, body)
-    }
-
-    fn chat(&self, body: &Value) -> (u16, Value) {
-        let (status, text) = self.request("POST", "/v1/chat/completions", &body.to_string());
-        (status, serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}")))
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+/// A server of the tiny model.
+fn start(extra: &[&str]) -> Server {
+    let model = path("llava/v4").display().to_string();
+    let flags = ["--model", &model, "--name", "tiny", "--contract", "llava-crop"];
+    Server::start(&[&flags[..], extra].concat())
 }
 
 fn data_url(name: &str) -> String {
@@ -90,7 +45,7 @@ fn expected() -> String {
 
 #[test]
 fn answers_over_http_whole_and_streamed() {
-    let server = Server::start(&["--anchor", "none"]);
+    let server = start(&["--anchor", "none"]);
     let (status, body) = server.request("GET", "/health", "");
     assert_eq!((status, body.trim()), (200, r#"{"status":"ok"}"#));
     let (status, models) = server.request("GET", "/v1/models", "");
@@ -124,7 +79,7 @@ fn answers_over_http_whole_and_streamed() {
 
 #[test]
 fn requests_at_once_get_their_own_answers() {
-    let server = Server::start(&["--anchor", "none"]);
+    let server = start(&["--anchor", "none"]);
     let ask =
         |name: &str| server.chat(&question(&data_url(name))).1["choices"][0]["message"]["content"].clone();
     let (wide, tall) = (ask("llava/pictures/wide.png"), ask("llava/pictures/tall.png"));
@@ -149,7 +104,7 @@ fn requests_at_once_get_their_own_answers() {
 
 #[test]
 fn refuses_what_it_cannot_answer_in_openais_shape() {
-    let server = Server::start(&["--max-pixels", "100000"]);
+    let server = start(&["--max-pixels", "100000"]);
     let good = question(&data_url("llava/pictures/wide.png"));
     let with = |change: &dyn Fn(&mut Value)| {
         let mut body = good.clone();
@@ -183,9 +138,9 @@ fn refuses_what_it_cannot_answer_in_openais_shape() {
         ),
         ("too many tokens", with(&|b| b["max_tokens"] = json!(1_000_000)), 400, "max_tokens"),
         ("no tokens", with(&|b| b["max_tokens"] = json!(0)), 400, "max_tokens"),
-        ("two answers", with(&|b| b["n"] = json!(2)), 400, "one answer"),
+        ("nine answers", with(&|b| b["n"] = json!(9)), 400, "n: expected 1 to 8"),
         ("a temperature", with(&|b| b["temperature"] = json!(-1)), 400, "temperature"),
-        ("no JSON schema", with(&|b| b["messages"] = json!(7)), 422, "messages"),
+        ("no JSON schema", with(&|b| b["messages"] = json!(7)), 400, "messages"),
         (
             "too many pictures",
             with(&|b| {
@@ -202,7 +157,7 @@ fn refuses_what_it_cannot_answer_in_openais_shape() {
         let message = answer["error"]["message"].as_str().unwrap_or_else(|| panic!("{what}: {answer}"));
         assert!(message.contains(says), "{what}: {message}");
     }
-    let small = Server::start(&["--max-image-bytes", "1000"]);
+    let small = start(&["--max-image-bytes", "1000"]);
     let body = with(&|b| b["messages"][0]["content"][1]["text"] = json!("word ".repeat(1 << 19)));
     let (status, answer) = small.chat(&body);
     assert_eq!(status, 413, "{answer}");
@@ -216,7 +171,7 @@ fn refuses_what_it_cannot_answer_in_openais_shape() {
 /// The tiny model has 512 positions.
 #[test]
 fn conversations_longer_than_the_model_end_and_leave_the_server_running() {
-    let server = Server::start(&["--anchor", "none"]);
+    let server = start(&["--anchor", "none"]);
     let text = |words: usize| json!({ "model": "tiny", "max_tokens": 1000, "messages": [{ "role": "user", "content": "word ".repeat(words) }] });
     let (status, answer) = server.chat(&text(2000));
     assert!((400..500).contains(&status), "{status}: {answer}");
@@ -243,18 +198,8 @@ fn conversations_longer_than_the_model_end_and_leave_the_server_running() {
 
 #[test]
 fn the_official_python_client_gets_answers() {
-    let python = std::env::var("RADAPT_PYTHON").unwrap_or_else(|_| "python3".into());
-    let there = Command::new(&python)
-        .args(["-c", "import openai"])
-        .output()
-        .is_ok_and(|output| output.status.success());
-    if !there {
-        eprintln!(
-            "SKIPPED: `{python}` has no `openai` package; set RADAPT_PYTHON to one that has (pip install openai)"
-        );
-        return;
-    }
-    let server = Server::start(&["--anchor", "training-free"]);
+    let Some(python) = python("openai") else { return };
+    let server = start(&["--anchor", "training-free"]);
     let output = Command::new(&python)
         .arg(path("openai/ask.py"))
         .args([

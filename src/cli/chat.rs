@@ -58,7 +58,7 @@ impl Chat {
             self.images.iter().map(|path| decode_file(path, &limits)).collect::<radapt::Result<Vec<_>>>()?;
         let engine = load(&self.model, &self.defense, self.isq.clone(), global).await?;
         let sampling = Sampling { max_tokens: self.max_tokens, top_logprobs: Some(0), ..Sampling::default() };
-        let mut turn = Turn { role: Role::User, text: String::new(), images };
+        let mut turn = Turn::of_pictures("", images);
         match self.question {
             Some(question) => {
                 turn.text = question;

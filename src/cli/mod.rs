@@ -35,6 +35,8 @@ mod row_table;
 #[cfg(feature = "engine")]
 mod serve;
 #[cfg(feature = "engine")]
+mod serve_config;
+#[cfg(feature = "engine")]
 mod speakers;
 
 use std::io::{IsTerminal, Write};
@@ -42,6 +44,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{ArgAction, Parser, Subcommand};
+#[cfg(feature = "engine")]
+use clap::{CommandFactory, FromArgMatches};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 
@@ -100,16 +104,23 @@ enum Command {
 
 /// Runs the command line.
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let cli = match parse() {
         Ok(cli) => cli,
-        Err(error) => {
-            // --help and --version come this way too, with exit code 0.
-            let code = if error.use_stderr() { 2 } else { 0 };
-            let _ = error.print();
-            return ExitCode::from(code);
-        }
+        Err(error) => match error.downcast_ref::<clap::Error>() {
+            Some(error) => {
+                // --help and --version come this way too, with exit code 0.
+                let code = if error.use_stderr() { 2 } else { 0 };
+                let _ = error.print();
+                return ExitCode::from(code);
+            }
+            None => return report(&error),
+        },
     };
-    logging(&cli.global);
+    #[cfg(feature = "engine")]
+    let serves = matches!(cli.command, Command::Serve(_));
+    #[cfg(not(feature = "engine"))]
+    let serves = false;
+    logging(&cli.global, serves);
     let result = match cli.command {
         #[cfg(feature = "engine")]
         Command::Demo(demo) => demo.run(&cli.global),
@@ -130,8 +141,32 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn logging(global: &Global) {
+#[cfg(not(feature = "engine"))]
+fn parse() -> anyhow::Result<Cli> {
+    Ok(Cli::try_parse()?)
+}
+
+/// The command line, and for `serve` the environment and the file of `--config`.
+#[cfg(feature = "engine")]
+fn parse() -> anyhow::Result<Cli> {
+    let command = serve_config::with_environment(Cli::command(), "serve");
+    let mut given: Vec<std::ffi::OsString> = std::env::args_os().collect();
+    let matches = command.clone().try_get_matches_from(&given)?;
+    let file =
+        matches.subcommand_matches("serve").and_then(|serve| Some((serve, serve_config::file(serve)?)));
+    let Some((serve, path)) = file else { return Ok(Cli::from_arg_matches(&matches)?) };
+    given.extend(serve_config::flags(path, serve, &command, "serve")?);
+    let with_file =
+        command.try_get_matches_from(given).map_err(|error| serve_config::complaint(path, &error))?;
+    Ok(Cli::from_arg_matches(&with_file)?)
+}
+
+/// A server has a line for every request, however little else is asked for.
+fn logging(global: &Global, serves: bool) {
     let level = match global.verbose {
+        0 if serves && !global.quiet => {
+            "warn,mistralrs_core=off,mistralrs_quant=off,radapt::requests=info,radapt::intake=info,radapt::server=info"
+        }
         // mistral.rs logs what it also returns as an error, which is then ours to report.
         0 => "warn,mistralrs_core=off,mistralrs_quant=off",
         1 => "info",

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use futures::StreamExt;
 use radapt::attack::Subject;
 use radapt::defense::{Defense, DefenseOptions};
-use radapt::engine::{Engine, EngineOptions, Role, Sampling, Turn};
+use radapt::engine::{Engine, EngineOptions, Sampling, Turn};
 use radapt::eval::coco::{Asked, CraftedSet, Speaker, Spoken};
 use radapt::model::Model;
 use serde_json::{Value, json};
@@ -119,8 +119,7 @@ struct Loaded {
 impl Speaker for Loaded {
     fn answers(&self, asked: &[Asked<'_>]) -> radapt::Result<Vec<Result<String, String>>> {
         let answer = async |asked: &Asked<'_>| {
-            let turn =
-                Turn { role: Role::User, text: asked.prompt.clone(), images: vec![asked.picture.clone()] };
+            let turn = Turn::of_pictures(asked.prompt.clone(), vec![asked.picture.clone()]);
             let sampling = Sampling { max_tokens: asked.max_tokens, ..Sampling::default() };
             let found = self.engine.answer(&[turn], &sampling).await;
             found.map(|answer| answer.text.trim().to_string()).map_err(|e| e.to_string())

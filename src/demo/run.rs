@@ -8,7 +8,7 @@ use super::report::{Answer, Picture, Report, Row, Version};
 use crate::attack::vattack::{Crop, Surrogate, VAttack};
 use crate::attack::{Crafted, Eps, Pictures, Subject, Threat};
 use crate::defense::DefenseOptions;
-use crate::engine::{Engine, EngineOptions, Role, Sampling, Turn};
+use crate::engine::{Engine, EngineOptions, Sampling, Turn};
 use crate::eval::judge::{Case, Verdict, WordJudge};
 use crate::eval::wilson;
 use crate::image::{pixels_from_rgb, rgb_from_pixels};
@@ -289,7 +289,7 @@ pub async fn answers(
     let sampling = Sampling { max_tokens: 48, ..Sampling::default() };
     let judge = WordJudge::new()?;
     let answer = async |(scene, picture, question): (&Scene, &RgbImage, &str)| -> Result<Answer> {
-        let turn = Turn { role: Role::User, text: question.into(), images: vec![picture.clone()] };
+        let turn = Turn::of_pictures(question, vec![picture.clone()]);
         let answer = engine.answer(&[turn], &sampling).await?.text.trim().to_string();
         let verdict = judge.verdict(&Case {
             question: Some(question.into()),

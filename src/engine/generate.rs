@@ -1,17 +1,20 @@
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
-use candle_core::{DType, Tensor};
 use either::Either;
-use futures::Stream;
+use futures::{Stream, StreamExt};
 use image::{DynamicImage, RgbImage};
 use indexmap::IndexMap;
 use mistralrs_core::{
-    Constraint, CustomLogitsProcessor, MessageContent, NormalRequest, Request, RequestMessage, Response,
-    ResponseLogprob, SamplingParams, StopTokens,
+    Constraint, Function, MessageContent, NormalRequest, Request, RequestMessage, Response, SamplingParams,
+    TokenizationRequest, ToolChoice, ToolType,
 };
 use serde_json::{Value, json};
-use tokio::sync::mpsc::{Receiver, channel};
+use tokio::sync::mpsc::{Receiver, UnboundedReceiver, channel, unbounded_channel};
 
+use super::choose::{Chooser, Finish, Plan, Step, Token};
+use super::grammar::Grammar;
+use super::text::{Shown, Text, Thoughts};
+use super::tools::{Call, Tool, in_words};
 use super::{Engine, qwen};
 use crate::{Error, Result};
 
@@ -24,6 +27,8 @@ pub enum Role {
     User,
     /// The model.
     Assistant,
+    /// A function the model has called.
+    Tool,
 }
 
 impl Role {
@@ -32,6 +37,7 @@ impl Role {
             Self::System => "system",
             Self::User => "user",
             Self::Assistant => "assistant",
+            Self::Tool => "tool",
         }
     }
 }
@@ -45,12 +51,31 @@ pub struct Turn {
     pub text: String,
     /// Decoded pictures that go with it, of any size.
     pub images: Vec<RgbImage>,
+    /// Where in the text each picture stands, in bytes, ascending; before all of it where not told.
+    /// A chat template may put them elsewhere, as LLaVA's do.
+    pub places: Vec<usize>,
+    /// Functions the model calls in it.
+    pub calls: Vec<Call>,
+    /// The call that a function's result belongs to.
+    pub call_id: Option<String>,
 }
 
 impl Turn {
     /// A turn without pictures.
     pub fn text(role: Role, text: impl Into<String>) -> Self {
-        Self { role, text: text.into(), images: Vec::new() }
+        Self {
+            role,
+            text: text.into(),
+            images: Vec::new(),
+            places: Vec::new(),
+            calls: Vec::new(),
+            call_id: None,
+        }
+    }
+
+    /// What the user says of pictures.
+    pub fn of_pictures(text: impl Into<String>, images: Vec<RgbImage>) -> Self {
+        Self { images, ..Self::text(Role::User, text) }
     }
 }
 
@@ -63,8 +88,21 @@ pub struct Sampling {
     pub temperature: Option<f64>,
     /// Nucleus sampling.
     pub top_p: Option<f64>,
+    /// Decides all that is drawn at random; another each time where not given. What is drawn by a
+    /// seed is computed outside of batches, so that it is the same whatever else is answered.
+    pub seed: Option<u64>,
+    /// Which of several answers to one request this is; each draws its own.
+    pub choice: u64,
+    /// Taken from the logits of tokens that the answer has already.
+    pub presence_penalty: f64,
+    /// The same for each time it has them.
+    pub frequency_penalty: f64,
+    /// Added to the logits of these tokens.
+    pub bias: Vec<(u32, f32)>,
     /// Texts that end the answer.
     pub stop: Vec<String>,
+    /// What the answer is held to.
+    pub grammar: Option<Grammar>,
     /// Keep token ids and their log-probabilities, and this many alternatives to each.
     pub top_logprobs: Option<usize>,
     /// Keep the prompt's token ids and each step's logits.
@@ -93,20 +131,19 @@ pub struct Answer {
 }
 
 /// A part of an answer as it is generated.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Piece {
     /// The text that came to it.
     pub text: String,
-    /// Why the answer ended, in the last piece.
+    /// What came to the thoughts before it, of a model that thinks.
+    pub reasoning: String,
+    /// The tokens it was made of, where log-probabilities were asked for.
+    pub tokens: Vec<Token>,
+    /// Why the answer ended, `stop` or `length`, in the last piece.
     pub finish_reason: Option<String>,
-    /// Tokens of the prompt and of the answer, in the last piece.
-    pub usage: Option<(usize, usize)>,
-}
-
-/// What the logits processors are shown.
-#[derive(Default)]
-struct Recorded {
-    prompt: Option<Vec<u32>>,
+    /// Tokens of the prompt, and of the answer so far.
+    pub usage: (usize, usize),
+    prompt_ids: Vec<u32>,
     logits: Vec<Vec<f32>>,
 }
 
@@ -116,32 +153,30 @@ impl Engine {
     /// # Errors
     /// If there are more pictures than the model takes, or generation fails.
     pub async fn answer(&self, turns: &[Turn], sampling: &Sampling) -> Result<Answer> {
-        let recorded = sampling.trace.then(|| Arc::new(Mutex::new(Recorded::default())));
-        let mut responses = self.send(turns, sampling, false, recorded.clone()).await?;
-        let response = match responses.recv().await {
-            Some(Response::Done(response)) => response,
-            Some(other) => return Err(failure(other)),
-            None => return Err(Error::Engine("the engine stopped".into())),
+        let mut pieces = std::pin::pin!(self.stream(turns, sampling).await?);
+        let mut answer = Answer {
+            text: String::new(),
+            finish_reason: String::new(),
+            tokens: Vec::new(),
+            logprobs: Vec::new(),
+            prompt_tokens: 0,
+            completion_tokens: 0,
+            prompt_ids: Vec::new(),
+            logits: Vec::new(),
         };
-        let choice = response
-            .choices
-            .into_iter()
-            .next()
-            .ok_or_else(|| Error::Engine("an answer without choices".into()))?;
-        let kept: Vec<ResponseLogprob> = choice.logprobs.and_then(|l| l.content).unwrap_or_default();
-        let recorded = recorded
-            .map(|r| std::mem::take(&mut *r.lock().unwrap_or_else(PoisonError::into_inner)))
-            .unwrap_or_default();
-        Ok(Answer {
-            text: choice.message.content.unwrap_or_default(),
-            finish_reason: choice.finish_reason,
-            tokens: kept.iter().map(|token| token.token_id).collect(),
-            logprobs: kept.iter().map(|token| token.logprob).collect(),
-            prompt_tokens: response.usage.prompt_tokens,
-            completion_tokens: response.usage.completion_tokens,
-            prompt_ids: recorded.prompt.unwrap_or_default(),
-            logits: recorded.logits,
-        })
+        while let Some(piece) = pieces.next().await {
+            let piece = piece?;
+            answer.text.push_str(&piece.text);
+            answer.tokens.extend(piece.tokens.iter().map(|token| token.id));
+            answer.logprobs.extend(piece.tokens.iter().map(|token| token.logprob));
+            answer.prompt_ids.extend(piece.prompt_ids);
+            answer.logits.extend(piece.logits);
+            if let Some(reason) = piece.finish_reason {
+                answer.finish_reason = reason;
+            }
+            (answer.prompt_tokens, answer.completion_tokens) = piece.usage;
+        }
+        Ok(answer)
     }
 
     /// Answers the last turn piece by piece. Dropping the stream ends the generation.
@@ -153,44 +188,86 @@ impl Engine {
         turns: &[Turn],
         sampling: &Sampling,
     ) -> Result<impl Stream<Item = Result<Piece>> + Send + use<>> {
-        let mut responses = self.send(turns, sampling, true, None).await?;
+        self.stream_with(turns, &[], sampling).await
+    }
+
+    /// As [`Engine::stream`], with functions the model may call. Its calls are in the text, where
+    /// [`Calls`](super::Calls) finds them.
+    ///
+    /// # Errors
+    /// As [`Engine::stream`].
+    pub async fn stream_with(
+        &self,
+        turns: &[Turn],
+        tools: &[Tool],
+        sampling: &Sampling,
+    ) -> Result<impl Stream<Item = Result<Piece>> + Send + use<>> {
+        let (mut steps, mut responses) = self.send(turns, tools, sampling).await?;
+        let (vocabulary, thinks) = (
+            self.vocabulary.clone(),
+            self.manner.thinks && sampling.grammar.as_ref().is_none_or(|grammar| grammar.free),
+        );
+        let (mut text, keep) = (Text::new(&sampling.stop), sampling.top_logprobs.is_some());
         Ok(async_stream::stream! {
-            let mut finished = false;
-            while let Some(response) = responses.recv().await {
-                match response {
-                    Response::Chunk(chunk) => {
-                        let usage = chunk.usage.map(|usage| (usage.prompt_tokens, usage.completion_tokens));
-                        for choice in chunk.choices {
-                            finished |= choice.finish_reason.is_some();
-                            let text = choice.delta.content.unwrap_or_default();
-                            yield Ok(Piece { text, finish_reason: choice.finish_reason, usage });
-                        }
-                        if finished {
-                            return;
-                        }
+            let mut thoughts = Thoughts::new(false, false);
+            let (mut prompt, mut count) = (0, 0);
+            let mut next = Piece::default();
+            loop {
+                let (token, logits, finish) = match receive(&mut steps, &mut responses).await {
+                    Ok(Step::Token(token, logits, finish)) => (token, logits, finish),
+                    Ok(Step::Prompt(ids)) => {
+                        prompt = ids.len();
+                        let tail = vocabulary.tok_env().tok_trie().decode_ext(&ids[prompt.saturating_sub(8)..], true);
+                        thoughts = Thoughts::new(thinks, String::from_utf8_lossy(&tail).trim_end().ends_with("<think>"));
+                        next.prompt_ids = ids;
+                        continue;
                     }
-                    other => {
-                        yield Err(failure(other));
+                    Ok(Step::Failed(error)) | Err(error) => {
+                        yield Err(error);
                         return;
                     }
+                };
+                count += 1;
+                next.logits.extend(logits);
+                let mut shown = text.push(token);
+                let mut finish = finish;
+                if shown.stopped {
+                    finish = Some(Finish::Stop);
+                } else if finish.is_some() {
+                    let Shown { text: rest, tokens, .. } = text.end();
+                    shown.text.push_str(&rest);
+                    shown.tokens.extend(tokens);
+                }
+                (next.text, next.reasoning) = thoughts.push(&shown.text, finish.is_some());
+                next.tokens = if keep { shown.tokens } else { Vec::new() };
+                next.usage = (prompt, count);
+                next.finish_reason = finish.map(|finish| match finish {
+                    Finish::Stop => "stop".to_string(),
+                    Finish::Length => "length".to_string(),
+                });
+                yield Ok(std::mem::take(&mut next));
+                if finish.is_some() {
+                    return;
                 }
             }
-            yield Err(Error::Engine("the engine stopped".into()));
         })
     }
 
     async fn send(
         &self,
         turns: &[Turn],
+        tools: &[Tool],
         sampling: &Sampling,
-        streaming: bool,
-        record: Option<Arc<Mutex<Recorded>>>,
-    ) -> Result<Receiver<Response>> {
+    ) -> Result<(UnboundedReceiver<Step>, Receiver<Response>)> {
         // The marker stands for a picture; as text it would be taken for one.
         let markers = if self.model().kind.is_qwen() { &qwen::MARKERS[..] } else { &["<image>"] };
-        if let Some(marker) = markers.iter().find(|&&m| turns.iter().any(|turn| turn.text.contains(m))) {
+        let told = tools.iter().map(|tool| format!("{tool:?}")).collect::<Vec<_>>();
+        let calls = turns.iter().flat_map(|turn| &turn.calls).flat_map(|call| [&call.name, &call.arguments]);
+        let mut texts = turns.iter().map(|turn| &turn.text).chain(calls).chain(&told);
+        if let Some(marker) = texts.find_map(|text| markers.iter().find(|&&marker| text.contains(marker))) {
             return Err(Error::Conversation(format!("the text may not contain `{marker}`")));
         }
+        let turns = in_words(turns, tools, self.manner.tools, self.manner.system);
         let images = turns.iter().flat_map(|turn| &turn.images);
         let pictures: Vec<DynamicImage> = images.map(|image| self.prepare(image)).collect::<Result<_>>()?;
         if let Some(most) = self.max_pictures().filter(|&most| pictures.len() > most) {
@@ -200,7 +277,7 @@ impl Engine {
                 pictures.len(),
             ));
         }
-        let messages = turns.iter().map(message).collect();
+        let messages = turns.iter().map(|turn| message(turn, self.manner.tools)).collect();
         let messages = if pictures.is_empty() {
             RequestMessage::Chat { messages, enable_thinking: None, reasoning_effort: None }
         } else {
@@ -216,26 +293,44 @@ impl Engine {
         // Room for a piece per token: the engine waits on a full channel, and with it every other
         // conversation would wait for one slow reader.
         let (responder, responses) = channel(sampling.max_tokens.saturating_add(16).min(1 << 16));
+        let (told, steps) = unbounded_channel();
+        let seed = sampling.seed.unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0);
+        let plan = Plan {
+            temperature: sampling.temperature.unwrap_or(0.0),
+            top_p: sampling.top_p.unwrap_or(1.0),
+            presence_penalty: sampling.presence_penalty,
+            frequency_penalty: sampling.frequency_penalty,
+            bias: sampling.bias.clone(),
+            seed,
+            seeded: sampling.seed.is_some(),
+            choice: sampling.choice,
+            top_logprobs: sampling.top_logprobs,
+            trace: sampling.trace,
+            max_tokens: sampling.max_tokens,
+            ends: self.ends.clone(),
+            positions: self.positions,
+            vocabulary: self.vocabulary.clone(),
+        };
+        let chooser = Chooser::new(plan, sampling.grammar.as_ref().map(Grammar::matcher), told);
         let request = NormalRequest {
             messages,
             sampling_params: SamplingParams {
-                // mistral.rs takes `None` for 1, which samples.
-                temperature: Some(sampling.temperature.unwrap_or(0.0)),
-                top_p: sampling.top_p,
+                // mistral.rs takes `None` for 1, which samples; the sampler leaves it no choice.
+                temperature: Some(0.0),
                 max_len: Some(sampling.max_tokens),
-                stop_toks: (!sampling.stop.is_empty()).then(|| StopTokens::Seqs(sampling.stop.clone())),
-                top_n_logprobs: sampling.top_logprobs.unwrap_or(0),
                 ..SamplingParams::neutral()
             },
             response: responder,
-            return_logprobs: sampling.top_logprobs.is_some(),
-            is_streaming: streaming,
+            return_logprobs: false,
+            // So that it notices when nobody listens any more.
+            is_streaming: true,
             id: self.runner.next_request_id(),
             constraint: Constraint::None,
             suffix: None,
-            tools: None,
-            tool_choice: None,
-            logits_processors: record.map(|record| vec![recorder(record)]),
+            tools: (self.manner.tools && !tools.is_empty()).then(|| tools.iter().map(declared).collect()),
+            // Calls are read by us.
+            tool_choice: Some(ToolChoice::None),
+            logits_processors: Some(vec![Arc::new(chooser)]),
             return_raw_logits: false,
             web_search_options: None,
             model_id: None,
@@ -246,7 +341,24 @@ impl Engine {
             .send(Request::Normal(Box::new(request)))
             .await
             .map_err(|_| Error::Engine("the engine stopped".into()))?;
-        Ok(responses)
+        Ok((steps, responses))
+    }
+
+    /// The tokens of a conversation without pictures as the template has it, `None` if it refuses.
+    pub(super) async fn prompt(&self, turns: &[Turn], tools: &[Tool]) -> Result<Option<Vec<u32>>> {
+        let (response, mut tokens) = channel(1);
+        let request = TokenizationRequest {
+            text: Either::Left(turns.iter().map(|turn| message(turn, true)).collect()),
+            tools: (!tools.is_empty()).then(|| tools.iter().map(declared).collect()),
+            add_generation_prompt: true,
+            add_special_tokens: true,
+            enable_thinking: None,
+            reasoning_effort: None,
+            response,
+        };
+        let sender = self.runner.get_sender(None).map_err(|e| Error::Engine(e.to_string()))?;
+        sender.send(Request::Tokenize(request)).await.map_err(|_| stopped())?;
+        Ok(tokens.recv().await.ok_or_else(stopped)?.ok())
     }
 
     fn prepare(&self, picture: &RgbImage) -> Result<DynamicImage> {
@@ -262,28 +374,81 @@ impl Engine {
     }
 }
 
-/// Content in parts, which is what chat templates of vision models are written for: pictures
-/// first, as transformers' templates order them.
-fn message(turn: &Turn) -> IndexMap<String, MessageContent> {
+/// A message as chat templates take it. Content comes in parts, which is what those of vision
+/// models are written for; around calls as text, which is what those with tools are.
+fn message(turn: &Turn, native: bool) -> IndexMap<String, MessageContent> {
     let part = |fields: &[(&str, Value)]| {
         fields.iter().map(|(k, v)| (k.to_string(), v.clone())).collect::<IndexMap<_, _>>()
     };
-    let mut parts: Vec<_> = turn.images.iter().map(|_| part(&[("type", json!("image"))])).collect();
-    parts.push(part(&[("type", json!("text")), ("text", json!(turn.text))]));
-    IndexMap::from([
-        ("role".to_string(), Either::Left(turn.role.name().to_string())),
-        ("content".to_string(), Either::Right(parts)),
-    ])
+    let text = |text: &str| part(&[("type", json!("text")), ("text", json!(text))]);
+    let mut message = IndexMap::from([("role".to_string(), Either::Left(turn.role.name().to_string()))]);
+    if native && (turn.role == Role::Tool || !turn.calls.is_empty()) {
+        message.insert("content".to_string(), Either::Left(turn.text.clone()));
+        if let Some(id) = &turn.call_id {
+            message.insert("tool_call_id".to_string(), Either::Left(id.clone()));
+        }
+        if !turn.calls.is_empty() {
+            let calls = turn.calls.iter().map(|call| {
+                let function = json!({ "name": call.name, "arguments": call.value() });
+                part(&[("id", json!(call.id)), ("type", json!("function")), ("function", function)])
+            });
+            message.insert("tool_calls".to_string(), Either::Right(calls.collect()));
+        }
+        return message;
+    }
+    let (mut parts, mut from) = (Vec::new(), 0);
+    for i in 0..turn.images.len() {
+        let place = turn.places.get(i).copied().unwrap_or(from);
+        if let Some(before) = turn.text.get(from..place).filter(|before| !before.is_empty()) {
+            parts.push(text(before));
+            from = place;
+        }
+        parts.push(part(&[("type", json!("image"))]));
+    }
+    let rest = &turn.text[from..];
+    if !rest.is_empty() || parts.is_empty() || from == 0 {
+        parts.push(text(rest));
+    }
+    message.insert("content".to_string(), Either::Right(parts));
+    message
 }
 
-fn recorder(record: Arc<Mutex<Recorded>>) -> Arc<dyn CustomLogitsProcessor> {
-    Arc::new(move |logits: &Tensor, context: &[u32]| -> candle_core::Result<Tensor> {
-        let row = logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-        let mut record = record.lock().unwrap_or_else(PoisonError::into_inner);
-        record.prompt.get_or_insert_with(|| context.to_vec());
-        record.logits.push(row);
-        Ok(logits.clone())
-    })
+fn declared(tool: &Tool) -> mistralrs_core::Tool {
+    let parameters = match tool.schema() {
+        Value::Object(fields) => Some(fields.into_iter().collect()),
+        _ => None,
+    };
+    let function = Function { name: tool.name.clone(), description: tool.description.clone(), parameters };
+    mistralrs_core::Tool { tp: ToolType::Function, function }
+}
+
+/// The sampler's next word, or why there is none.
+async fn receive(steps: &mut UnboundedReceiver<Step>, responses: &mut Receiver<Response>) -> Result<Step> {
+    loop {
+        tokio::select! {
+            biased;
+            step = steps.recv() => match step {
+                Some(step) => return Ok(step),
+                None => break,
+            },
+            response = responses.recv() => match response {
+                Some(Response::Chunk(_)) => {}
+                Some(other) => return Err(failure(other)),
+                None => return steps.recv().await.ok_or_else(stopped),
+            },
+        }
+    }
+    loop {
+        match responses.recv().await {
+            Some(Response::Chunk(_)) => {}
+            Some(other) => return Err(failure(other)),
+            None => return Err(stopped()),
+        }
+    }
+}
+
+fn stopped() -> Error {
+    Error::Engine("the engine stopped".into())
 }
 
 fn failure(response: Response) -> Error {

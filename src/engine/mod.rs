@@ -4,13 +4,20 @@
 //! engine's own resizing is the identity; the tower is [`crate::tower`]'s, defended or not, and
 //! holds its weights once.
 
+mod choose;
 mod config;
 mod generate;
+mod grammar;
 mod qwen;
+mod text;
+mod tools;
 mod tower;
 mod weights;
 
+pub use choose::{Alternative, Token};
 pub use generate::{Answer, Piece, Role, Sampling, Turn};
+pub use grammar::Grammar;
+pub use tools::{Call, Calls, Said, Tool};
 
 use std::num::NonZeroUsize;
 use std::panic::AssertUnwindSafe;
@@ -18,6 +25,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use candle_core::{DType, Device};
+use mistralrs_core::llguidance::ParserFactory;
 use mistralrs_core::{
     AdapterPaths, AutoDeviceMapParams, DefaultSchedulerMethod, DeviceMapSetting, IsqType, LocalModelPaths,
     MistralRs, MistralRsBuilder, ModelDType, ModelPaths, MultimodalLoaderBuilder, MultimodalLoaderType,
@@ -72,6 +80,24 @@ pub struct Engine {
     model: Model,
     preprocess: Preprocess,
     defense: Option<DefenseSummary>,
+    /// The tokenizer's tokens as bytes, and what compiles grammars over them.
+    vocabulary: Arc<ParserFactory>,
+    /// The model's end tokens.
+    ends: Arc<[u32]>,
+    /// How many positions the model has.
+    positions: usize,
+    manner: Manner,
+}
+
+/// What the model's chat template knows.
+#[derive(Debug, Clone, Copy, Default)]
+struct Manner {
+    /// Turns of role `system`.
+    system: bool,
+    /// Tools, calls and their results.
+    tools: bool,
+    /// Thoughts before the answer.
+    thinks: bool,
 }
 
 impl Engine {
@@ -84,12 +110,60 @@ impl Engine {
         let loaded = loading.await.map_err(|e| Error::Engine(e.to_string()))??;
         let scheduler =
             SchedulerConfig::DefaultScheduler { method: DefaultSchedulerMethod::Fixed(loaded.max_sequences) };
+        let (metadata, thinks) = {
+            let pipeline = loaded.pipeline.lock().await;
+            let thinks = pipeline.get_chat_template().is_some_and(|template| template.uses_think_tags());
+            (pipeline.get_metadata(), thinks)
+        };
+        let no_vocabulary = || Error::Engine("the tokenizer has no byte vocabulary".into());
+        let tokens = metadata.tok_env().ok_or_else(no_vocabulary)?;
+        let mut vocabulary = ParserFactory::new_simple(&tokens).map_err(|e| Error::Engine(e.to_string()))?;
+        // Its warnings quote what a stranger asked for.
+        vocabulary.quiet().limits_mut().verbose_errors = false;
+        let vocabulary = Arc::new(vocabulary);
         // The prefix cache matches prompts before their pictures are put in place.
         let runner = MistralRsBuilder::new(loaded.pipeline, scheduler, false, None)
             .with_no_prefix_cache(true)
             .build()
             .await;
-        Ok(Self { runner, model: loaded.model, preprocess: loaded.preprocess, defense: loaded.defense })
+        let mut engine = Self {
+            runner,
+            model: loaded.model,
+            preprocess: loaded.preprocess,
+            defense: loaded.defense,
+            vocabulary,
+            ends: metadata.eos_tok.clone().into(),
+            positions: metadata.max_seq_len,
+            manner: Manner::default(),
+        };
+        engine.manner = Manner { thinks, ..engine.manners().await? };
+        Ok(engine)
+    }
+
+    /// What of a conversation reaches the prompt: templates drop silently what they do not know.
+    async fn manners(&self) -> Result<Manner> {
+        let user = Turn::text(Role::User, "hello");
+        let instructed = [Turn::text(Role::System, "listen"), user.clone()];
+        let call = Call { id: "call".into(), name: "look".into(), arguments: "{}".into() };
+        let called = Turn { calls: vec![call], ..Turn::text(Role::Assistant, "") };
+        let result = Turn { call_id: Some("call".into()), ..Turn::text(Role::Tool, "a dog") };
+        let tool = Tool { name: "look".into(), description: None, parameters: None };
+        let plain = self.prompt(std::slice::from_ref(&user), &[]).await?;
+        let Some(plain) = plain else {
+            return Err(Error::Engine("the model's chat template cannot be used".into()));
+        };
+        let differs = |other: Option<Vec<u32>>| other.is_some_and(|other| other != plain);
+        let tools = differs(self.prompt(std::slice::from_ref(&user), &[tool]).await?)
+            && self.says(&[user.clone(), called.clone()], "look").await?
+            && self.says(&[user, called, result], "dog").await?;
+        Ok(Manner { system: differs(self.prompt(&instructed, &[]).await?), tools, thinks: false })
+    }
+
+    /// Whether the prompt has a word.
+    async fn says(&self, turns: &[Turn], word: &str) -> Result<bool> {
+        let Some(ids) = self.prompt(turns, &[]).await? else { return Ok(false) };
+        let text = self.vocabulary.tok_env().tok_trie().decode(&ids);
+        Ok(String::from_utf8_lossy(&text).contains(word))
     }
 
     /// The model's files.
