@@ -87,7 +87,7 @@ pub async fn pieces(
     let metrics = metrics.clone();
     let pieces = engine.stream_with(turns, tools, sampling).await?;
     Ok(Box::pin(pieces.inspect(move |piece| {
-        if let Ok(Piece { usage: Some((prompt, completion)), .. }) = piece {
+        if let Ok(Piece { finish_reason: Some(_), usage: (prompt, completion), .. }) = piece {
             metrics.count_tokens(*prompt, *completion);
         }
     })))
