@@ -6,20 +6,18 @@ use libfuzzer_sys::fuzz_target;
 // What the types' file names.
 use radapt::Error;
 
+mod intake {
+    pub use radapt::server::intake::{IntakeError, Refusal};
+}
+
 #[allow(dead_code)]
 #[path = "../../src/server/api.rs"]
 mod api;
 
 fuzz_target!(|bytes: &[u8]| {
     if let Ok(request) = serde_json::from_slice::<api::ChatRequest>(bytes) {
-        for message in request.messages {
-            if let Some(api::Content::Parts(parts)) = message.content {
-                for part in parts {
-                    if let api::Part::ImageUrl { image_url } = part {
-                        let _ = image_url.url();
-                    }
-                }
-            }
-        }
+        let _ = api::refuse(&request.rest, "");
+        let _ = request.harmless.check();
+        let _ = api::Stop::texts(request.stop.as_ref());
     }
 });
