@@ -22,7 +22,7 @@ def card(name, meta):
     attack = json.loads(meta["attack"])
     steps = f", {attack['settings']['steps']} steps" if attack["settings"].get("steps") else ""
     examples = {
-        "static": "crafted once on the undefended `pocket-clip`",
+        "static": f"crafted once on the undefended `{'pocket-clip' if meta['objective'] == 'ce' else 'pocket'}`",
         "adaptive": "crafted in every epoch against the anchor as it stands",
     }[meta["examples"]]
     optimizer = json.loads(meta["optimizer"])
@@ -36,9 +36,14 @@ def card(name, meta):
         "|---|---|---|---|",
     ]
     rows = json.loads(meta["validation"])
+    if meta["objective"] == "embedding":
+        lines[1] = lines[1].replace("R-Adapt+ on `pocket` (`pocket-clip`)", "R-Adapt+ on `pocket`, by what the LLaVA reads")
+        lines[2] = lines[2].replace("right of pictures that had no part in the training, % (95 % interval)", "squared distance from the undefended model's clean features, over their squared length")
 
     def cell(defense, threat):
         (row,) = [row for row in rows if row["defense"] == defense and row["threat"] == threat]
+        if meta["objective"] == "embedding":
+            return f"{row['value']:.3f}"
         return f"{row['value']:.1f} ({row['low']:.1f} to {row['high']:.1f})"
 
     attacked = next(row for row in rows if row["threat"])
@@ -54,12 +59,12 @@ def main():
     readme = HERE / "README.md"
     text = readme.read_text()
     head = text.split(MARK)[0]
-    order = {"static": 0, "adaptive": 1}
+    order = {("ce", "static"): 0, ("ce", "adaptive"): 1, ("embedding", "static"): 2}
     found = []
     for path in HERE.glob("*.safetensors"):
         meta = metadata(path)
         if meta["method"] == "data-driven":
-            found.append((order[meta["examples"]], float(meta["eps"].split("/")[0]), path.stem, meta))
+            found.append((order[meta["objective"], meta["examples"]], float(meta["eps"].split("/")[0]), path.stem, meta))
     cards = [card(name, meta) for _, _, name, meta in sorted(found, key=lambda item: item[:3])]
     readme.write_text(head + MARK + "\n" + "\n".join(cards))
 

@@ -12,6 +12,9 @@ static ANCHORS: &[(&str, &[u8])] = &[
     ("pocket-4-adaptive", include_bytes!("../../anchors/pocket-4-adaptive.safetensors")),
     ("pocket-8-adaptive", include_bytes!("../../anchors/pocket-8-adaptive.safetensors")),
     ("pocket-16-adaptive", include_bytes!("../../anchors/pocket-16-adaptive.safetensors")),
+    ("pocket-4-embedding", include_bytes!("../../anchors/pocket-4-embedding.safetensors")),
+    ("pocket-8-embedding", include_bytes!("../../anchors/pocket-8-embedding.safetensors")),
+    ("pocket-16-embedding", include_bytes!("../../anchors/pocket-16-embedding.safetensors")),
 ];
 
 /// The built-in anchors' names.
