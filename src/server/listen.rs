@@ -31,7 +31,12 @@ pub struct ListenOptions {
 
 impl Default for ListenOptions {
     fn default() -> Self {
-        Self { connections: 1024, header_time: Duration::from_secs(15), drain_time: Duration::from_secs(60) }
+        Self {
+            connections: 1024,
+            header_time: Duration::from_secs(15),
+            linger: Duration::from_secs(3),
+            drain_time: Duration::from_secs(60),
+        }
     }
 }
 
