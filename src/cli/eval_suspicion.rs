@@ -129,7 +129,11 @@ impl SuspicionCommand {
             let defense = options.build(&tower, || model.fingerprint())?;
             let side = tower.spec().image_size as u32;
             let feature = feature(model, tower.spec())?;
-            (Tower::Clip(tower.with(defense.inserts()), feature), Subject::new(&model.name, &defense)?, side)
+            (
+                Tower::Clip(Box::new(tower.with(defense.inserts())), feature),
+                Subject::new(&model.name, &defense)?,
+                side,
+            )
         };
         if subject.is_undefended() {
             return Err(

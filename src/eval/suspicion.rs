@@ -30,7 +30,7 @@ use crate::{Error, Result};
 #[derive(Clone)]
 pub enum Tower {
     /// CLIP's, and which of its features are compared.
-    Clip(Clip, Feature),
+    Clip(Box<Clip>, Feature),
     /// Qwen-VL's, compared by what its language model reads.
     Qwen(Qwen),
 }
@@ -47,7 +47,7 @@ impl Detector {
     /// Of a defended tower and the way pictures are prepared for it.
     pub fn new(defended: Tower, preprocess: Preprocess) -> Self {
         let plain = match &defended {
-            Tower::Clip(tower, feature) => Tower::Clip(tower.with(Inserts::default()), *feature),
+            Tower::Clip(tower, feature) => Tower::Clip(Box::new(tower.with(Inserts::default())), *feature),
             Tower::Qwen(tower) => Tower::Qwen(tower.with_grids(None)),
         };
         Self { plain, defended, preprocess }
@@ -69,7 +69,7 @@ impl Detector {
 fn features(tower: &Tower, picture: &RgbImage) -> Result<Tensor> {
     match tower {
         Tower::Clip(tower, feature) => {
-            feature.of(tower, &pixels_from_rgb(picture, tower.device())?.unsqueeze(0)?)
+            feature.of(tower.as_ref(), &pixels_from_rgb(picture, tower.device())?.unsqueeze(0)?)
         }
         Tower::Qwen(tower) => {
             let at = tower.at(picture.height() as usize, picture.width() as usize)?;
