@@ -188,7 +188,7 @@ impl Serve {
         }
         let (engine, options, gate) = checked?;
         let name = options.name.clone();
-        router(engine, options, gate)?;
+        drop(router(engine, options, gate)?);
         global.say(format_args!("all is in order to serve {name} at http://{}", self.addr));
         Ok(ExitCode::SUCCESS)
     }
