@@ -243,7 +243,7 @@ impl Gate {
     }
 }
 
-/// The middleware; `open` are the routes that need no key.
+/// The middleware that every request passes.
 pub async fn gate(State(gate): State<Arc<Gate>>, mut request: Request, next: Next) -> Response {
     let start = Instant::now();
     let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str).to_string();
