@@ -283,8 +283,7 @@ pub async fn gate(State(gate): State<Arc<Gate>>, mut request: Request, next: Nex
 
 /// What a stranger may see: whether the server lives, its pages, and nothing that costs.
 fn is_open(route: &str) -> bool {
-    matches!(route, "/" | "/health" | "/ready" | "/docs" | "/openapi.json")
-        || route.starts_with("/playground")
+    matches!(route, "/health" | "/ready" | "/docs" | "/openapi.json")
 }
 
 /// The asker's own number for the request where it is harmless, a new one elsewhere.
