@@ -192,8 +192,11 @@ fn read(path: &Path, defaults: KeyLimits, before: &[Arc<Key>]) -> Result<Table> 
     let mut keys: Vec<Arc<Key>> = Vec::new();
     for (i, entry) in file.key.into_iter().enumerate() {
         let wrong = |reason: &str| Error::config(path, format!("key {} (`{}`): {reason}", i + 1, entry.name));
-        if entry.name.is_empty() || entry.name.len() > 64 || entry.name.chars().any(char::is_control) {
-            return Err(Error::config(path, format!("key {}: expected a name of 1 to 64 characters", i + 1)));
+        // It stands in logs and in the metrics' labels.
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        if !(1..=64).contains(&entry.name.len()) || !entry.name.chars().all(plain) {
+            let expected = "expected a name of 1 to 64 letters, digits, `-`, `_` and `.`";
+            return Err(Error::config(path, format!("key {}: {expected}", i + 1)));
         }
         let digest = match (&entry.key, &entry.sha256) {
             (Some(key), None) if key.len() >= 16 => Sha256::digest(key.as_bytes()).into(),
@@ -299,6 +302,7 @@ mod tests {
             ("[[key]]\nname = \"a\"\nkey = \"short\"".to_string(), "16 characters"),
             (format!("[[key]]\nname = \"a\"\nsha256 = \"{secret}\""), "64 hexadecimal"),
             (format!("[[key]]\nname = \"\"\nkey = \"{secret}\""), "name"),
+            (format!("[[key]]\nname = \"a b\"\nkey = \"{secret}\""), "letters"),
             (format!("[[key]]\nname = \"a\"\nkey = \"{secret}\"\nconcurrent = 0"), "concurrent"),
             (format!("{ONE}[[key]]\nname = \"one\"\nkey = \"{secret}\""), "second time"),
             (format!("key = \"{secret}"), ""),
