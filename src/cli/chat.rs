@@ -1,6 +1,7 @@
 //! `radapt chat`
 
 use std::io::{BufRead, IsTerminal, Write};
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
@@ -56,7 +57,7 @@ impl Chat {
         // Before the model, which takes longer.
         let images =
             self.images.iter().map(|path| decode_file(path, &limits)).collect::<radapt::Result<Vec<_>>>()?;
-        let engine = load(&self.model, &self.defense, self.isq.clone(), global).await?;
+        let engine = load(&self.model, &self.defense, self.isq.clone(), None, global).await?;
         let sampling = Sampling { max_tokens: self.max_tokens, top_logprobs: Some(0), ..Sampling::default() };
         let mut turn = Turn::of_pictures("", images);
         match self.question {
@@ -74,20 +75,23 @@ impl Chat {
     }
 }
 
-/// Loads a model and says how it is defended.
+/// Loads a model, `sequences` of whose answers are generated at once, and says how it is defended.
 pub async fn load(
     model: &ModelOptions,
     defense: &DefenseFlags,
     isq: Option<String>,
+    sequences: Option<NonZeroUsize>,
     global: &Global,
 ) -> anyhow::Result<Engine> {
     let found = model.find()?;
+    let defaults = EngineOptions::new(model.device()?);
     let options = EngineOptions {
         defense: defense.options(),
         contract: model.contract,
         dtype: model.dtype(),
         isq,
-        ..EngineOptions::new(model.device()?)
+        max_sequences: sequences.unwrap_or(defaults.max_sequences),
+        ..defaults
     };
     let spinner = global.spinner(&format!("loading {}", found.name));
     let engine = Engine::load(found, options).await;

@@ -72,6 +72,10 @@ impl SuspicionCommand {
             }
         }
         let set = self.data.open(global.seed, side.clamp(96, 224), self.model.offline)?;
+        if self.calibration.is_some() && set.items().len() < Calibration::LEAST {
+            let expected = format!("at least {} pictures to calibrate on", Calibration::LEAST);
+            return Err(argument("--n", &expected, &set.items().len().to_string()).into());
+        }
         let suspicion = SuspicionRun {
             set: &set,
             limits: self.limits.limits(),

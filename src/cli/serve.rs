@@ -1,7 +1,7 @@
 //! `radapt serve`
 
 use std::net::SocketAddr;
-use std::num::NonZeroU32;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -211,7 +211,9 @@ impl Serve {
         let intake = self.gate.intake(limits);
         // What is wrong with it should not be found out after minutes of loading.
         Intake::new(intake.clone())?;
-        let engine = chat::load(&self.model, &self.defense, self.isq.clone(), global).await?;
+        // As many as are let through at once.
+        let sequences = NonZeroUsize::new(self.gate.in_flight as usize);
+        let engine = chat::load(&self.model, &self.defense, self.isq.clone(), sequences, global).await?;
         let given = &engine.model().name;
         let folder = std::path::Path::new(given).canonicalize().ok();
         let short = folder.as_deref().and_then(|f| f.file_name()).map(|f| f.to_string_lossy().into_owned());

@@ -248,13 +248,43 @@ pub struct CocoRun<'a> {
     pub seed: u64,
 }
 
-/// One picture before one model.
+/// One row of a set before one model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Cell {
-    model: usize,
+pub(super) struct Cell {
+    pub model: usize,
     /// `None` is the clean picture.
-    crafted: Option<usize>,
-    row: usize,
+    pub crafted: Option<usize>,
+    pub row: usize,
+}
+
+impl Cell {
+    /// Every row before every model, clean and by the crafted sets that are for it; of each row its
+    /// picture's name, `None` where there is no picture.
+    pub fn all(
+        models: &[Spoken],
+        crafted: &[CraftedSet],
+        rows: &[Option<&str>],
+        shard: Option<(usize, usize)>,
+    ) -> Vec<Self> {
+        let mut all = Vec::new();
+        for (model, spoken) in models.iter().enumerate() {
+            let sets = (0..crafted.len()).filter(|i| crafted[*i].threat(&spoken.subject).is_some());
+            for crafted in std::iter::once(None).chain(sets.map(Some)) {
+                for (row, picture) in rows.iter().enumerate() {
+                    // All there is of a picture is in one shard.
+                    if picture.is_some_and(|name| in_shard(shard, name)) {
+                        all.push(Self { model, crafted, row });
+                    }
+                }
+            }
+        }
+        all
+    }
+
+    /// Its place in the whole run, of so many crafted sets and rows.
+    pub fn index(self, sets: usize, rows: usize) -> usize {
+        (self.model * (1 + sets) + self.crafted.map_or(0, |i| i + 1)) * rows + self.row
+    }
 }
 
 /// The line of a picture before a model.
@@ -432,26 +462,14 @@ impl CocoRun<'_> {
     }
 
     fn cells(&self, shard: Option<(usize, usize)>) -> Vec<Cell> {
-        let mut all = Vec::new();
-        for (model, spoken) in self.models.iter().enumerate() {
-            let sets = (0..self.crafted.len()).filter(|i| self.crafted[*i].threat(&spoken.subject).is_some());
-            for crafted in std::iter::once(None).chain(sets.map(Some)) {
-                for (row, found) in self.set.rows().iter().enumerate() {
-                    // All there is of a picture is in one shard.
-                    let within = in_shard(shard, &found.image);
-                    if self.source.has(row) && within {
-                        all.push(Cell { model, crafted, row });
-                    }
-                }
-            }
-        }
-        all
+        let rows = self.set.rows().iter().enumerate();
+        let rows: Vec<Option<&str>> =
+            rows.map(|(i, row)| self.source.has(i).then_some(row.image.as_str())).collect();
+        Cell::all(&self.models, &self.crafted, &rows, shard)
     }
 
-    /// A cell's place in the whole run.
     fn index(&self, cell: Cell) -> usize {
-        let kinds = 1 + self.crafted.len();
-        (cell.model * kinds + cell.crafted.map_or(0, |i| i + 1)) * self.set.rows().len() + cell.row
+        cell.index(self.crafted.len(), self.set.rows().len())
     }
 
     /// Asks what has not been asked yet. `load` loads a model when its turn comes; one is held at a time.

@@ -10,11 +10,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use super::coco::{Asked, CocoAttack, CraftedSet, Source, Speaker, Spoken};
+use super::coco::{Asked, Cell, CocoAttack, CraftedSet, Source, Speaker, Spoken};
 use super::metrics::pope::{Pope, says_yes};
 use super::metrics::vqa::{accuracy, cut};
 use super::prompts::TaskPrompt;
-use super::run::{Line, Run, in_shard, write_whole};
+use super::run::{Line, Run, write_whole};
 use super::wilson;
 use crate::Result;
 use crate::data::questions::{QuestionSet, Truth};
@@ -139,13 +139,6 @@ pub struct QuestionSummary {
     pub rows: Vec<QuestionRow>,
 }
 
-#[derive(Clone, Copy)]
-struct Cell {
-    model: usize,
-    crafted: Option<usize>,
-    row: usize,
-}
-
 impl QuestionRun<'_> {
     /// What decides the result; `more` are the caller's own entries, such as the model's weights.
     pub fn decides(&self, more: Value) -> Value {
@@ -188,24 +181,14 @@ impl QuestionRun<'_> {
     }
 
     fn cells(&self, shard: Option<(usize, usize)>) -> Vec<Cell> {
-        let mut all = Vec::new();
-        for (model, spoken) in self.models.iter().enumerate() {
-            let sets = (0..self.crafted.len()).filter(|i| self.crafted[*i].threat(&spoken.subject).is_some());
-            for crafted in std::iter::once(None).chain(sets.map(Some)) {
-                for (row, found) in self.set.rows().iter().enumerate() {
-                    // All there is of a picture is in one shard.
-                    if self.has(row) && in_shard(shard, &found.image) {
-                        all.push(Cell { model, crafted, row });
-                    }
-                }
-            }
-        }
-        all
+        let rows = self.set.rows().iter().enumerate();
+        let rows: Vec<Option<&str>> =
+            rows.map(|(i, row)| self.has(i).then_some(row.image.as_str())).collect();
+        Cell::all(&self.models, &self.crafted, &rows, shard)
     }
 
     fn index(&self, cell: Cell) -> usize {
-        let kinds = 1 + self.crafted.len();
-        (cell.model * kinds + cell.crafted.map_or(0, |i| i + 1)) * self.set.rows().len() + cell.row
+        cell.index(self.crafted.len(), self.set.rows().len())
     }
 
     /// Asks what has not been asked yet. `load` loads a model when its turn comes; one is held at a

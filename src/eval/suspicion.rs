@@ -390,7 +390,7 @@ pub fn summarise(run: &Run<SuspicionLine>) -> Result<SuspicionSummary> {
         done: all.len(),
         failed: all.iter().filter(|line| line.error.is_some()).count(),
         clean: [0.05, 0.5, 0.95].map(quantile),
-        rows: figures(dataset, &all)?,
+        rows: figures(dataset, &all),
     };
     write_whole(&run.folder().join("summary.json"), &summary)?;
     Ok(summary)
@@ -398,10 +398,7 @@ pub fn summarise(run: &Run<SuspicionLine>) -> Result<SuspicionSummary> {
 
 /// Every figure of a run, from its lines alone. Half of the pictures, by the hash of their names, are
 /// calibrated on, the other half is what the figures are about.
-///
-/// # Errors
-/// If there are too few pictures to calibrate on.
-pub fn figures(dataset: &str, all: &[SuspicionLine]) -> Result<Vec<Figure>> {
+pub fn figures(dataset: &str, all: &[SuspicionLine]) -> Vec<Figure> {
     let good: Vec<&SuspicionLine> = all.iter().filter(|line| line.error.is_none()).collect();
     let mut kinds: Vec<&CocoAttack> = Vec::new();
     for found in good.iter().flat_map(|line| &line.attacked) {
@@ -410,15 +407,17 @@ pub fn figures(dataset: &str, all: &[SuspicionLine]) -> Result<Vec<Figure>> {
         }
     }
     if kinds.is_empty() {
-        return Ok(Vec::new());
+        return Vec::new();
     }
     let (calibrated, held): (Vec<&SuspicionLine>, Vec<&SuspicionLine>) =
         good.iter().partition(|line| in_shard(Some((1, 2)), &line.id));
+    // Of a few pictures, as in a small shard, there are no thresholds.
     let calibration = Calibration::new(
         Subject::undefended(dataset),
         dataset,
         calibrated.iter().map(|line| line.clean).collect(),
-    )?;
+    )
+    .ok();
     let clean: Vec<f64> = held.iter().map(|line| line.clean).collect();
     let mut rows = Vec::new();
     for kind in kinds {
@@ -428,7 +427,8 @@ pub fn figures(dataset: &str, all: &[SuspicionLine]) -> Result<Vec<Figure>> {
         let scores: Vec<f64> = held.iter().filter_map(of).collect();
         let above = |scores: &[f64], threshold: f64| scores.iter().filter(|s| **s >= threshold).count();
         let at = ASKED.map(|asked| {
-            let threshold = calibration.threshold(asked / 100.0);
+            let threshold =
+                calibration.as_ref().map_or(f64::INFINITY, |found| found.threshold(asked / 100.0));
             let caught = above(&scores, threshold);
             let share = |count: usize, n: usize| 100.0 * count as f64 / n.max(1) as f64;
             Point {
@@ -450,7 +450,7 @@ pub fn figures(dataset: &str, all: &[SuspicionLine]) -> Result<Vec<Figure>> {
             at: at.to_vec(),
         });
     }
-    Ok(rows)
+    rows
 }
 
 /// How often a score of `high` is above one of `low`, ties counting half.
@@ -548,12 +548,17 @@ mod tests {
             attacked: vec![AttackedScore { attacked: attacked.clone(), score: 5.0 }],
         };
         let all: Vec<SuspicionLine> = (0..400).map(line).collect();
-        let rows = figures("d", &all).unwrap();
+        let rows = figures("d", &all);
         let own = all.iter().filter(|line| !in_shard(Some((1, 2)), &line.id)).count();
         assert_eq!((rows.len(), rows[0].n, rows[0].auc), (1, own, 100.0));
         assert_eq!(rows[0].at[2].caught, 100.0);
         assert!(rows[0].at[2].clean <= 20.0);
+        // Too few to calibrate on: an area, and no thresholds.
+        let few = figures("d", &all[..12]);
+        assert!(
+            few[0].n > 0 && few[0].at.iter().all(|point| point.threshold.is_none() && point.caught == 0.0)
+        );
         let without = SuspicionLine { attacked: Vec::new(), ..all[0].clone() };
-        assert!(figures("d", &[without]).unwrap().is_empty());
+        assert!(figures("d", &[without]).is_empty());
     }
 }

@@ -77,14 +77,6 @@ pub struct Gate {
     pub metrics: Arc<Metrics>,
 }
 
-/// Who asks; in a request's extensions.
-#[derive(Debug, Clone)]
-pub struct Asker(pub Arc<Key>);
-
-/// A request's number; in its extensions.
-#[derive(Debug, Clone)]
-pub struct RequestId(pub String);
-
 /// In a response's extensions: it is a stream, whose end is not its start.
 #[derive(Debug, Clone, Copy)]
 pub struct Streamed;
@@ -185,7 +177,7 @@ impl Gate {
         }
     }
 
-    async fn pass(self: &Arc<Self>, mut request: Request, next: Next, asker: &Arc<Key>) -> Response {
+    async fn pass(self: &Arc<Self>, request: Request, next: Next, asker: &Arc<Key>) -> Response {
         if self.draining() {
             self.metrics.turn_away("draining");
             let mut response =
@@ -195,7 +187,6 @@ impl Gate {
             headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
             return response;
         }
-        request.extensions_mut().insert(Asker(asker.clone()));
         if request.method() != Method::POST {
             return next.run(request).await;
         }
@@ -244,12 +235,11 @@ impl Gate {
 }
 
 /// The middleware that every request passes.
-pub async fn gate(State(gate): State<Arc<Gate>>, mut request: Request, next: Next) -> Response {
+pub async fn gate(State(gate): State<Arc<Gate>>, request: Request, next: Next) -> Response {
     let start = Instant::now();
     let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str).to_string();
     let method = request.method().clone();
     let id = request_id(request.headers());
-    request.extensions_mut().insert(RequestId(id.clone()));
     let open = is_open(&route);
     let asker = if open { Some(gate.anonymous.clone()) } else { gate.asker(request.headers()) };
     let mut response = match &asker {

@@ -72,10 +72,6 @@ pub struct Metrics {
     pub pictures: Counter,
     /// Pictures refused, by reason.
     pub pictures_refused: Family<Reason, Counter>,
-    /// How suspicious pictures are: the share of clean pictures at least as suspicious.
-    pub suspicion: Histogram,
-    /// Pictures called suspicious.
-    pub suspicious: Counter,
 }
 
 impl Default for Metrics {
@@ -94,8 +90,6 @@ impl Default for Metrics {
             tokens: Family::default(),
             pictures: Counter::default(),
             pictures_refused: Family::default(),
-            suspicion: Histogram::new([0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0]),
-            suspicious: Counter::default(),
             registry: Registry::default(),
         };
         registry.register("requests", "Requests by route, status and key", found.requests.clone());
@@ -112,12 +106,6 @@ impl Default for Metrics {
         registry.register("tokens", "Tokens of prompts and completions", found.tokens.clone());
         registry.register("pictures", "Pictures taken in", found.pictures.clone());
         registry.register("pictures_refused", "Pictures refused, by reason", found.pictures_refused.clone());
-        registry.register(
-            "suspicion",
-            "The share of clean pictures at least as suspicious as a picture",
-            found.suspicion.clone(),
-        );
-        registry.register("suspicious_pictures", "Pictures called suspicious", found.suspicious.clone());
         // A count that is not there yet cannot be told from one that never comes.
         for refusal in Refusal::ALL {
             found.refused(*refusal, 0);
