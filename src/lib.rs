@@ -71,6 +71,8 @@ pub mod server {
     pub mod keys;
     pub mod listen;
     pub mod metrics;
+    #[cfg(feature = "otlp")]
+    pub mod traces;
 }
 pub mod text;
 pub mod tower;

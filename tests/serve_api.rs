@@ -514,7 +514,7 @@ fn the_openai_python_client_drives_all_of_it() {
 #[test]
 fn schemathesis_finds_nothing() {
     let Some(python) = python("schemathesis") else { return };
-    let server = Server::start(&["--max-tokens", "64"]);
+    let server = Server::start(&["--max-tokens", "64", "--compare", "--perturb", "--on-suspect", "flag"]);
     let report = tempfile::tempdir().expect("a folder");
     let output = Command::new(python)
         .current_dir(&report)
@@ -531,7 +531,7 @@ fn schemathesis_finds_nothing() {
         .expect("schemathesis runs");
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
-    assert!(said.contains("Tested: 7"), "{said}");
+    assert!(said.contains("Tested: 9"), "{said}");
     assert_eq!(server.get("/health").0, 200);
     assert!(!server.log().contains("panicked"), "{}", server.log());
 }

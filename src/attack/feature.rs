@@ -1,4 +1,5 @@
 use candle_core::{D, DType, Tensor};
+use image::RgbImage;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -6,7 +7,10 @@ use super::classifier::{pixel_gradient, scaled, unit, unit_vjp};
 use super::objective::{check_rows, in_batches};
 use super::pictures::select;
 use super::{Evaluation, Objective, Subject};
-use crate::tower::{Cotangent, Features, VisionTower, Want};
+use crate::image::pixels_from_rgb;
+use crate::tower::clip::Clip;
+use crate::tower::qwen::Qwen;
+use crate::tower::{Cotangent, Features, Inserts, VisionTower, Want};
 use crate::{Error, Result};
 
 /// An output of a tower, as `(B, T, D)`.
@@ -78,6 +82,41 @@ impl Feature {
                 Cotangent { merged: Some(part(0)?), deepstack, ..Default::default() }
             }
         })
+    }
+}
+
+/// A tower of either family, and which of its features stand for what a model reads of a picture.
+#[derive(Clone)]
+pub enum FeatureTower {
+    /// CLIP's, and the feature.
+    Clip(Box<Clip>, Feature),
+    /// Qwen-VL's, by [`Feature::Merged`].
+    Qwen(Qwen),
+}
+
+impl FeatureTower {
+    /// The same with nothing put in; weights are held once.
+    pub fn undefended(&self) -> Self {
+        match self {
+            Self::Clip(tower, feature) => Self::Clip(Box::new(tower.with(Inserts::default())), *feature),
+            Self::Qwen(tower) => Self::Qwen(tower.with_grids(None)),
+        }
+    }
+
+    /// The feature of one prepared picture, of a size that the tower takes: `(1, T, D)` f32.
+    ///
+    /// # Errors
+    /// If the tower does not take it, or fails.
+    pub fn of(&self, picture: &RgbImage) -> Result<Tensor> {
+        match self {
+            Self::Clip(tower, feature) => {
+                feature.of(tower.as_ref(), &pixels_from_rgb(picture, tower.device())?.unsqueeze(0)?)
+            }
+            Self::Qwen(tower) => {
+                let at = tower.at(picture.height() as usize, picture.width() as usize)?;
+                Feature::Merged.of(&at, &pixels_from_rgb(picture, tower.device())?.unsqueeze(0)?)
+            }
+        }
     }
 }
 

@@ -51,7 +51,7 @@ pub use crafted::{Crafted, Outcome, Recipe, Scored};
 pub use cw::Cw;
 pub use eps::Eps;
 pub use fab::Fab;
-pub use feature::{Direction, Feature, FeatureObjective};
+pub use feature::{Direction, Feature, FeatureObjective, FeatureTower};
 pub use loss::{Loss, LossValues};
 pub use mixed::Mixed;
 pub(crate) use named::with_settings;

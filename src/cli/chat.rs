@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use clap::Args;
 use futures::StreamExt;
+use radapt::defense::DefenseOptions;
 use radapt::engine::{Engine, EngineOptions, Role, Sampling, Turn};
 use radapt::image::{DecodeLimits, decode_file};
 use serde_json::json;
@@ -57,7 +58,7 @@ impl Chat {
         // Before the model, which takes longer.
         let images =
             self.images.iter().map(|path| decode_file(path, &limits)).collect::<radapt::Result<Vec<_>>>()?;
-        let engine = load(&self.model, &self.defense, self.isq.clone(), None, global).await?;
+        let engine = load(&self.model, self.defense.options(), self.isq.clone(), None, global).await?;
         let sampling = Sampling { max_tokens: self.max_tokens, top_logprobs: Some(0), ..Sampling::default() };
         let mut turn = Turn::of_pictures("", images);
         match self.question {
@@ -78,7 +79,7 @@ impl Chat {
 /// Loads a model, `sequences` of whose answers are generated at once, and says how it is defended.
 pub async fn load(
     model: &ModelOptions,
-    defense: &DefenseFlags,
+    defense: DefenseOptions,
     isq: Option<String>,
     sequences: Option<NonZeroUsize>,
     global: &Global,
@@ -86,7 +87,7 @@ pub async fn load(
     let found = model.find()?;
     let defaults = EngineOptions::new(model.device()?);
     let options = EngineOptions {
-        defense: defense.options(),
+        defense,
         contract: model.contract,
         dtype: model.dtype(),
         isq,

@@ -5,10 +5,10 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Args;
-use radapt::attack::Subject;
+use radapt::attack::{FeatureTower, Subject};
 use radapt::eval::coco::CraftedSet;
 use radapt::eval::run::{Manifest, Run, lines};
-use radapt::eval::suspicion::{Calibration, Detector, SuspicionLine, SuspicionRun, SuspicionSummary, Tower};
+use radapt::eval::suspicion::{Calibration, Detector, SuspicionLine, SuspicionRun, SuspicionSummary};
 use radapt::model::Model;
 use radapt::tower::VisionTower;
 use serde_json::{json, to_value};
@@ -124,17 +124,15 @@ impl SuspicionCommand {
         let (tower, subject, side) = if model.kind.is_qwen() {
             let tower = model.qwen(&preprocess, self.model.dtype(), &device)?;
             let defense = options.for_grids(&tower, || model.fingerprint())?;
-            let middling = 224usize.next_multiple_of(tower.config().factor());
-            let grid = middling / tower.config().patch;
-            let subject = Subject::new(&model.name, &defense.at((grid, grid))?)?;
-            (Tower::Qwen(tower.with_grids(Some(Arc::new(defense)))), subject, 224)
+            let subject = Subject::new(&model.name, &defense.middling()?)?;
+            (FeatureTower::Qwen(tower.with_grids(Some(Arc::new(defense)))), subject, 224)
         } else {
             let tower = model.tower(&preprocess, self.model.dtype(), &device)?;
             let defense = options.build(&tower, || model.fingerprint())?;
             let side = tower.spec().image_size as u32;
             let feature = feature(model, tower.spec())?;
             (
-                Tower::Clip(Box::new(tower.with(defense.inserts())), feature),
+                FeatureTower::Clip(Box::new(tower.with(defense.inserts())), feature),
                 Subject::new(&model.name, &defense)?,
                 side,
             )

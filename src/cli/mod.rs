@@ -27,6 +27,7 @@ mod eval_sweep;
 #[cfg(feature = "engine")]
 mod eval_vqa;
 mod features;
+mod logging;
 mod options;
 mod pocket;
 mod pocket_score;
@@ -89,7 +90,7 @@ enum Command {
     Chat(chat::Chat),
     /// Serve a model over OpenAI's API
     #[cfg(feature = "engine")]
-    Serve(serve::Serve),
+    Serve(Box<serve::Serve>),
     /// Make, show and check robustness anchors
     Anchor(anchor::Anchor),
     /// Write a vision tower's features of pictures to a file
@@ -116,11 +117,15 @@ pub fn main() -> ExitCode {
             None => return report(&error),
         },
     };
-    #[cfg(feature = "engine")]
-    let serves = matches!(cli.command, Command::Serve(_));
-    #[cfg(not(feature = "engine"))]
-    let serves = false;
-    logging(&cli.global, serves);
+    let told = match &cli.command {
+        #[cfg(feature = "engine")]
+        Command::Serve(serve) => serve.logging(),
+        _ => logging::Logging::default(),
+    };
+    let _traces = match logging::start(&cli.global, &told) {
+        Ok(traces) => traces,
+        Err(error) => return report(&error.into()),
+    };
     let result = match cli.command {
         #[cfg(feature = "engine")]
         Command::Demo(demo) => demo.run(&cli.global),
@@ -159,25 +164,6 @@ fn parse() -> anyhow::Result<Cli> {
     let with_file =
         command.try_get_matches_from(given).map_err(|error| serve_config::complaint(path, &error))?;
     Ok(Cli::from_arg_matches(&with_file)?)
-}
-
-/// A server has a line for every request, however little else is asked for.
-fn logging(global: &Global, serves: bool) {
-    let level = match global.verbose {
-        0 if serves && !global.quiet => {
-            "warn,mistralrs_core=off,mistralrs_quant=off,radapt::requests=info,radapt::intake=info,radapt::server=info"
-        }
-        // mistral.rs logs what it also returns as an error, which is then ours to report.
-        0 => "warn,mistralrs_core=off,mistralrs_quant=off",
-        1 => "info",
-        _ => "debug",
-    };
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| level.into());
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .init();
 }
 
 /// One line, and a hint where there is one.

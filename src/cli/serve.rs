@@ -8,20 +8,25 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
+use radapt::defense::{AnchorChoice, DefenseOptions};
 use radapt::engine::Engine;
+use radapt::eval::suspicion::{Calibration, Detector};
 use radapt::image::DecodeLimits;
+use radapt::pocket::built_in::POCKET;
 use radapt::server::gate::{Gate, GateOptions};
 use radapt::server::intake::{FetchOptions, Intake, IntakeOptions};
 use radapt::server::keys::{KeyLimits, Keys};
 use radapt::server::listen::{ListenOptions, listen};
-use radapt::server::{ServerOptions, bind, router, stop_signal};
+use radapt::server::suspicion::{OnSuspect, WatchOptions};
+use radapt::server::{Models, ServerOptions, bind, router, stop_signal};
 use serde_json::json;
 
-use super::options::{DefenseFlags, ModelOptions, PictureLimits, argument};
+use super::logging::Logging;
+use super::options::{DataFlags, DefenseFlags, ModelOptions, PictureLimits, argument};
 use super::{Global, chat, print};
 
 /// Serve a model over OpenAI's API: POST /v1/chat/completions, POST /v1/responses, GET /v1/models,
-/// GET /health. GET /docs describes it.
+/// GET /health. GET /docs describes it, and a page to try it with is at /.
 ///
 /// Pictures come as `data:` URLs, and from the hosts of --fetch; the server reads no files.
 ///
@@ -59,8 +64,129 @@ pub struct Serve {
     /// Quantise the language model as it is loaded (q4k, q8_0, 4, 8, ...)
     #[arg(long, value_name = "TYPE", help_heading = "Answer")]
     isq: Option<String>,
+    /// How lines of the log look: text or json
+    #[arg(long, value_name = "FORMAT", value_enum, default_value = "text", help_heading = "Log")]
+    log_format: LogFormat,
+    /// Send traces to this OpenTelemetry collector, such as http://127.0.0.1:4318
+    #[cfg(feature = "otlp")]
+    #[arg(long, value_name = "URL", help_heading = "Log")]
+    otlp: Option<String>,
     #[command(flatten)]
     gate: GateFlags,
+    #[command(flatten)]
+    robustness: RobustnessFlags,
+}
+
+/// The defence as something the API shows.
+#[derive(Args)]
+#[command(next_help_heading = "Robustness")]
+struct RobustnessFlags {
+    /// Serve the model without its defence too, as NAME:undefended, and POST /v1/compare: the language
+    /// model is loaded a second time
+    #[arg(long)]
+    compare: bool,
+    /// What to do about pictures on which the defended and the undefended tower disagree more than on
+    /// clean ones: log, flag (say so in the response) or refuse; see `radapt eval suspicion` for how
+    /// well that tells them apart
+    #[arg(long, value_name = "ACTION", value_enum)]
+    on_suspect: Option<Action>,
+    /// The scores of clean pictures, a file of `radapt eval suspicion --calibration`
+    #[arg(long, value_name = "FILE", conflicts_with = "calibrate")]
+    calibration: Option<PathBuf>,
+    /// Score these clean pictures at the start instead: anything that --data of the evaluations takes;
+    /// pocket:validation where the model is the built-in pocket
+    #[arg(long, value_name = "PATH")]
+    calibrate: Option<String>,
+    /// How many of them
+    #[arg(long, value_name = "N", default_value_t = 300, value_parser = clap::value_parser!(u64).range(20..))]
+    calibrate_n: u64,
+    /// The share of clean pictures that may be called suspicious
+    #[arg(long, value_name = "SHARE", default_value_t = 0.01)]
+    suspect_share: f64,
+    /// Offer POST /v1/perturb, which makes an adversarial version of a picture, one at a time
+    #[arg(long)]
+    perturb: bool,
+    /// Leave out the page at /
+    #[arg(long)]
+    no_playground: bool,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Action {
+    Log,
+    Flag,
+    Refuse,
+}
+
+impl RobustnessFlags {
+    /// Whether what was asked for needs a defence, and which flag asked.
+    fn needs_defense(&self) -> Option<&'static str> {
+        match (self.compare, self.on_suspect) {
+            (true, _) => Some("--compare"),
+            (_, Some(_)) => Some("--on-suspect"),
+            _ => None,
+        }
+    }
+
+    /// How pictures are watched, if they are.
+    fn watch(
+        &self,
+        model: &ModelOptions,
+        engine: &Engine,
+        global: &Global,
+    ) -> anyhow::Result<Option<WatchOptions>> {
+        if self.needs_defense().is_none() {
+            for (flag, given) in
+                [("--calibration", self.calibration.is_some()), ("--calibrate", self.calibrate.is_some())]
+            {
+                if given {
+                    return Err(argument(flag, "--on-suspect or --compare to go with it", "neither").into());
+                }
+            }
+            return Ok(None);
+        }
+        Ok(Some(WatchOptions {
+            calibration: self.calibration(model, engine, global)?,
+            share: self.suspect_share,
+            on_suspect: self.on_suspect.map(|action| match action {
+                Action::Log => OnSuspect::Log,
+                Action::Flag => OnSuspect::Flag,
+                Action::Refuse => OnSuspect::Refuse,
+            }),
+        }))
+    }
+
+    fn calibration(
+        &self,
+        model: &ModelOptions,
+        engine: &Engine,
+        global: &Global,
+    ) -> anyhow::Result<Option<Calibration>> {
+        let (Some(subject), Some(tower)) = (engine.subject(), engine.tower()) else { return Ok(None) };
+        if let Some(file) = &self.calibration {
+            return Ok(Some(Calibration::read(file, subject)?));
+        }
+        // The pocket model's own world is what it is asked about.
+        let own = (model.model == POCKET).then(|| "pocket:validation".to_string());
+        let Some(data) = self.calibrate.clone().or(own) else { return Ok(None) };
+        let flags = DataFlags {
+            data,
+            n: Some(self.calibrate_n),
+            first: false,
+            dataset: None,
+            classes: None,
+            template: String::new(),
+        };
+        let preprocess = engine.preprocess();
+        let side = preprocess.width.max(preprocess.height).clamp(96, 224);
+        let set = flags.open(global.seed, side, model.offline)?;
+        let detector = Detector::new(tower.clone(), preprocess.clone());
+        let bar = global.bar("calibrating", set.items().len() as u64);
+        let calibration =
+            Calibration::of(&detector, subject.clone(), &set, &DecodeLimits::default(), &|| bar.inc(1))?;
+        bar.finish_and_clear();
+        Ok(Some(calibration))
+    }
 }
 
 /// Who may ask, and how much.
@@ -166,7 +292,23 @@ impl GateFlags {
     }
 }
 
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
 impl Serve {
+    /// What its log is like.
+    pub fn logging(&self) -> Logging {
+        Logging {
+            requests: true,
+            json: self.log_format == LogFormat::Json,
+            #[cfg(feature = "otlp")]
+            otlp: self.otlp.clone(),
+        }
+    }
+
     pub fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
         let runtime = tokio::runtime::Runtime::new()?;
         if !self.check {
@@ -174,11 +316,11 @@ impl Serve {
         }
         let checked = runtime.block_on(self.load(global));
         let json = match &checked {
-            Ok((engine, options, _)) => json!({
+            Ok((models, options, _)) => json!({
                 "ok": true,
                 "model": options.name,
-                "defense": engine.defense(),
-                "contract": engine.preprocess().contract,
+                "defense": models.defended.defense(),
+                "contract": models.defended.preprocess().contract,
                 "address": self.addr.to_string(),
             }),
             Err(error) => json!({ "ok": false, "reason": error.to_string() }),
@@ -186,15 +328,15 @@ impl Serve {
         if global.json {
             print(global, json, "")?;
         }
-        let (engine, options, gate) = checked?;
+        let (models, options, gate) = checked?;
         let name = options.name.clone();
-        drop(router(engine, options, gate)?);
+        drop(router(models, options, gate)?);
         global.say(format_args!("all is in order to serve {name} at http://{}", self.addr));
         Ok(ExitCode::SUCCESS)
     }
 
     /// All that is needed to serve.
-    async fn load(&self, global: &Global) -> anyhow::Result<(Engine, ServerOptions, Arc<Gate>)> {
+    async fn load(&self, global: &Global) -> anyhow::Result<(Models, ServerOptions, Arc<Gate>)> {
         for (flag, value) in [("--max-tokens", self.max_tokens), ("--max-choices", self.max_choices)] {
             if value == 0 {
                 return Err(argument(flag, "at least 1", "0").into());
@@ -213,7 +355,23 @@ impl Serve {
         Intake::new(intake.clone())?;
         // As many as are let through at once.
         let sequences = NonZeroUsize::new(self.gate.in_flight as usize);
-        let engine = chat::load(&self.model, &self.defense, self.isq.clone(), sequences, global).await?;
+        let defense = self.defense.options();
+        let none = DefenseOptions { anchor: AnchorChoice::None, ..DefenseOptions::default() };
+        let asks = self.robustness.needs_defense();
+        if let (Some(flag), true) = (asks, defense == none) {
+            return Err(argument(
+                flag,
+                "a defence: without one there is nothing to compare",
+                "--anchor none",
+            )
+            .into());
+        }
+        let engine = chat::load(&self.model, defense, self.isq.clone(), sequences, global).await?;
+        let watch = self.robustness.watch(&self.model, &engine, global)?;
+        let undefended = match self.robustness.compare {
+            true => Some(chat::load(&self.model, none, self.isq.clone(), sequences, global).await?),
+            false => None,
+        };
         let given = &engine.model().name;
         let folder = std::path::Path::new(given).canonicalize().ok();
         let short = folder.as_deref().and_then(|f| f.file_name()).map(|f| f.to_string_lossy().into_owned());
@@ -224,18 +382,23 @@ impl Serve {
             max_tokens: self.max_tokens,
             max_pictures: self.max_pictures,
             max_choices: self.max_choices,
+            watch,
+            perturb: self.robustness.perturb,
+            playground: !self.robustness.no_playground,
+            samples: self.model.model == POCKET,
         };
-        Ok((engine, options, gate))
+        Ok((Models { defended: engine, undefended }, options, gate))
     }
 
     async fn listen(self, global: &Global) -> anyhow::Result<ExitCode> {
         // A taken port should not be found out after minutes of loading.
         let listener = bind(self.addr).await?;
         let address = listener.local_addr()?;
-        let (engine, options, gate) = self.load(global).await?;
+        let (models, options, gate) = self.load(global).await?;
         let name = options.name.clone();
-        let json = json!({ "address": address.to_string(), "model": name, "defense": engine.defense() });
-        let router = router(engine, options, gate.clone())?;
+        let json =
+            json!({ "address": address.to_string(), "model": name, "defense": models.defended.defense() });
+        let router = router(models, options, gate.clone())?;
         if global.json {
             print(global, json, "")?;
         } else {

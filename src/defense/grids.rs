@@ -36,15 +36,28 @@ impl DefenseOptions {
         let bare = tower.with_grids(None);
         // Whatever is wrong is wrong at one size as at any other. There and beyond the cutoff is the
         // anchor's own.
-        let factor = bare.config().factor();
-        let side = 224usize.next_multiple_of(factor);
+        let side = middling(&bare);
         let first = self.make(&source, &bare.at(side, side)?)?;
         let options = self.clone();
         Ok(GridDefense { bare, options, source, summary: first.summary(), made: Mutex::default() })
     }
 }
 
+/// A middling size: what differs between two defences differs there too.
+fn middling(tower: &Qwen) -> usize {
+    224usize.next_multiple_of(tower.config().factor())
+}
+
 impl GridDefense {
+    /// The defence at a middling size, by which it is told from others.
+    ///
+    /// # Errors
+    /// If the tower fails.
+    pub fn middling(&self) -> Result<Defense> {
+        let side = middling(&self.bare) / self.bare.config().patch;
+        self.at((side, side))
+    }
+
     /// The defence at a grid of patches down and across.
     ///
     /// # Errors

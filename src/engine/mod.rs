@@ -32,11 +32,12 @@ use mistralrs_core::{
     MultimodalSpecificConfig, Pipeline, SchedulerConfig,
 };
 
+use crate::attack::{FeatureTower, Subject};
 use crate::defense::{AnchorChoice, DefenseOptions, DefenseSummary};
 use crate::image::{Contract, Preprocess};
 use crate::model::{Model, ModelKind};
 use crate::{Error, Result};
-use tower::Supplier;
+use tower::{Built, Supplier};
 
 /// How a model is loaded.
 #[derive(Debug, Clone)]
@@ -79,7 +80,7 @@ pub struct Engine {
     runner: Arc<MistralRs>,
     model: Model,
     preprocess: Preprocess,
-    defense: Option<DefenseSummary>,
+    built: Option<Built>,
     /// The tokenizer's tokens as bytes, and what compiles grammars over them.
     vocabulary: Arc<ParserFactory>,
     /// The model's end tokens.
@@ -130,7 +131,7 @@ impl Engine {
             runner,
             model: loaded.model,
             preprocess: loaded.preprocess,
-            defense: loaded.defense,
+            built: loaded.built,
             vocabulary,
             ends: metadata.eos_tok.clone().into(),
             positions: metadata.max_seq_len,
@@ -178,7 +179,18 @@ impl Engine {
 
     /// The defence in the tower, `None` for the undefended model.
     pub fn defense(&self) -> Option<&DefenseSummary> {
-        self.defense.as_ref()
+        self.built.as_ref()?.defense.as_ref()
+    }
+
+    /// The model with its defence, `None` with mistral.rs' own tower.
+    pub fn subject(&self) -> Option<&Subject> {
+        Some(&self.built.as_ref()?.subject)
+    }
+
+    /// The vision tower with its defence, by what the language model reads of it; weights are held
+    /// once. `None` with mistral.rs' own tower.
+    pub fn tower(&self) -> Option<&FeatureTower> {
+        Some(&self.built.as_ref()?.tower)
     }
 
     /// How many pictures one conversation may have, `None` for any number.
@@ -194,7 +206,8 @@ struct Loaded {
     pipeline: Arc<tokio::sync::Mutex<dyn Pipeline + Send + Sync>>,
     model: Model,
     preprocess: Preprocess,
-    defense: Option<DefenseSummary>,
+    /// `None` with mistral.rs' own tower.
+    built: Option<Built>,
     max_sequences: NonZeroUsize,
 }
 
@@ -285,12 +298,11 @@ fn load(model: Model, options: EngineOptions) -> Result<Loaded> {
             )));
         }
     };
-    let defense = match supplier.take_defense() {
-        Some(defense) => defense,
-        None if upstream => None,
-        None => return Err(Error::Engine("mistral.rs did not ask for the vision tower".into())),
-    };
-    Ok(Loaded { pipeline, model, preprocess, defense, max_sequences: options.max_sequences })
+    let built = supplier.take_built();
+    if built.is_none() && !upstream {
+        return Err(Error::Engine("mistral.rs did not ask for the vision tower".into()));
+    }
+    Ok(Loaded { pipeline, model, preprocess, built, max_sequences: options.max_sequences })
 }
 
 fn parse_isq(isq: &str, device: &Device) -> Result<IsqType> {

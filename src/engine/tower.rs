@@ -7,7 +7,8 @@ use mistralrs_core::vision_tower::{Encoded, Resize, SuppliedTower, TowerRequest,
 use mistralrs_quant::ShardedVarBuilder;
 
 use super::weights::upstream_name;
-use crate::defense::{Defense, DefenseOptions, DefenseSummary};
+use crate::attack::{Feature, FeatureTower, Subject};
+use crate::defense::{DefenseOptions, DefenseSummary};
 use crate::image::{Filter, Preprocess, resize};
 use crate::model::Model;
 use crate::tower::clip::{Clip, ClipConfig, without_class_token};
@@ -26,8 +27,17 @@ pub struct Supplier {
     options: DefenseOptions,
     /// Whether the checkpoint's tensors go by other names than mistral.rs looks for.
     renamed: bool,
+    outcome: Mutex<Option<Result<Built>>>,
+}
+
+/// The tower that was built.
+pub struct Built {
     /// What to say of the defence, `None` for the undefended tower.
-    outcome: Mutex<Option<Result<Option<DefenseSummary>>>>,
+    pub defense: Option<DefenseSummary>,
+    /// The model with this defence.
+    pub subject: Subject,
+    /// The tower itself, with what the language model reads of it.
+    pub tower: FeatureTower,
 }
 
 /// What kind of tower it is, before anything is put into it.
@@ -64,10 +74,6 @@ impl Supplier {
         })
     }
 
-    fn take(&self) -> Option<Result<Option<DefenseSummary>>> {
-        self.outcome.lock().unwrap_or_else(PoisonError::into_inner).take()
-    }
-
     /// Why the tower could not be built, if it was tried.
     pub fn take_error(&self) -> Option<Error> {
         let mut outcome = self.outcome.lock().unwrap_or_else(PoisonError::into_inner);
@@ -80,30 +86,33 @@ impl Supplier {
         }
     }
 
-    /// The defence that went into the tower, if it was built.
-    pub fn take_defense(&self) -> Option<Option<DefenseSummary>> {
-        self.take().and_then(Result::ok)
+    /// The tower, if it was built.
+    pub fn take_built(&self) -> Option<Built> {
+        self.outcome.lock().unwrap_or_else(PoisonError::into_inner).take().and_then(Result::ok)
     }
 
-    fn build(&self, request: &TowerRequest<'_>) -> Result<(Arc<dyn SuppliedTower>, Option<DefenseSummary>)> {
+    fn build(&self, request: &TowerRequest<'_>) -> Result<(Arc<dyn SuppliedTower>, Built)> {
         let weights = Engine { weights: request.weights, file: self.model.folder.clone() };
         match &self.base {
             Base::Clip { config, block, class_token } => {
                 let tower = Clip::new(config, &weights, None, self.mean, self.std)?;
                 let defense = self.options.build(&tower, || self.model.fingerprint())?;
                 let tower = tower.with(defense.inserts());
-                let (block, class_token, cache_salt) = (*block, *class_token, salt(&defense)?);
-                Ok((Arc::new(Defended { tower, block, class_token, cache_salt }), defense.summary()))
+                let subject = Subject::new(&self.model.name, &defense)?;
+                let (block, class_token, cache_salt) = (*block, *class_token, salt(&subject));
+                let shown = FeatureTower::Clip(Box::new(tower.clone()), Feature::Patches(block));
+                let built = Built { defense: defense.summary(), subject, tower: shown };
+                Ok((Arc::new(Defended { tower, block, class_token, cache_salt }), built))
             }
             Base::Qwen(config) => {
                 let tower = Qwen::new(config, &weights, self.mean, self.std)?;
                 let defense = self.options.for_grids(&tower, || self.model.fingerprint())?;
                 let summary = defense.summary();
-                // At a middling size: what differs between two defences differs there too.
-                let side = 224usize.next_multiple_of(config.factor()) / config.patch;
-                let cache_salt = salt(&defense.at((side, side))?)?;
+                let subject = Subject::new(&self.model.name, &defense.middling()?)?;
+                let cache_salt = salt(&subject);
                 let tower = tower.with_grids(summary.is_some().then(|| Arc::new(defense) as _));
-                Ok((Arc::new(DefendedQwen { tower, cache_salt }), summary))
+                let built = Built { defense: summary, subject, tower: FeatureTower::Qwen(tower.clone()) };
+                Ok((Arc::new(DefendedQwen { tower, cache_salt }), built))
             }
         }
     }
@@ -113,8 +122,8 @@ impl VisionTowerSupplier for Supplier {
     fn supply(&self, request: &TowerRequest<'_>) -> candle_core::Result<Option<Arc<dyn SuppliedTower>>> {
         let mut outcome = self.outcome.lock().unwrap_or_else(PoisonError::into_inner);
         match self.build(request) {
-            Ok((tower, defense)) => {
-                *outcome = Some(Ok(defense));
+            Ok((tower, built)) => {
+                *outcome = Some(Ok(built));
                 Ok(Some(tower))
             }
             Err(error) => {
@@ -240,23 +249,7 @@ fn candle_error(error: Error) -> candle_core::Error {
 }
 
 /// A number that differs between defences with different outputs.
-fn salt(defense: &Defense) -> Result<u64> {
-    use sha2::{Digest, Sha256};
-    let mut hash = Sha256::new();
-    if let Some(gif) = &defense.gif {
-        hash.update(b"gif");
-        hash.update(gif.cutoff().to_le_bytes());
-    }
-    if let Some(fra) = &defense.fra {
-        hash.update(b"fra");
-        hash.update(fra.alpha().to_le_bytes());
-        hash.update(fra.beta().to_le_bytes());
-        for value in fra.anchor().flatten_all()?.to_vec1::<f32>()? {
-            hash.update(value.to_le_bytes());
-        }
-    }
-    let digest = hash.finalize();
-    let mut first = [0u8; 8];
-    first.copy_from_slice(&digest[..8]);
-    Ok(u64::from_le_bytes(first))
+fn salt(subject: &Subject) -> u64 {
+    let digest = subject.digest.as_deref().and_then(|digest| digest.get(..16));
+    digest.and_then(|first| u64::from_str_radix(first, 16).ok()).unwrap_or_default()
 }

@@ -18,39 +18,23 @@ use serde_json::{Value, json};
 use super::coco::{CocoAttack, CraftedSet};
 use super::run::{Line, Run, in_shard, shard_size, write_whole};
 use super::wilson;
-use crate::attack::{Feature, Subject};
+use crate::attack::{FeatureTower, Subject};
 use crate::data::LabelledSet;
-use crate::image::{DecodeLimits, Preprocess, decode_file, pixels_from_rgb};
-use crate::tower::clip::Clip;
-use crate::tower::qwen::Qwen;
-use crate::tower::{Inserts, VisionTower};
+use crate::image::{DecodeLimits, Preprocess, decode_file};
 use crate::{Error, Result};
-
-/// A tower with its defence, of either family.
-#[derive(Clone)]
-pub enum Tower {
-    /// CLIP's, and which of its features are compared.
-    Clip(Box<Clip>, Feature),
-    /// Qwen-VL's, compared by what its language model reads.
-    Qwen(Qwen),
-}
 
 /// A defended tower and the same without the defence; weights are held once.
 #[derive(Clone)]
 pub struct Detector {
-    plain: Tower,
-    defended: Tower,
+    plain: FeatureTower,
+    defended: FeatureTower,
     preprocess: Preprocess,
 }
 
 impl Detector {
     /// Of a defended tower and the way pictures are prepared for it.
-    pub fn new(defended: Tower, preprocess: Preprocess) -> Self {
-        let plain = match &defended {
-            Tower::Clip(tower, feature) => Tower::Clip(Box::new(tower.with(Inserts::default())), *feature),
-            Tower::Qwen(tower) => Tower::Qwen(tower.with_grids(None)),
-        };
-        Self { plain, defended, preprocess }
+    pub fn new(defended: FeatureTower, preprocess: Preprocess) -> Self {
+        Self { plain: defended.undefended(), defended, preprocess }
     }
 
     /// A picture's score, of any size.
@@ -61,25 +45,12 @@ impl Detector {
     pub fn score(&self, picture: &RgbImage) -> Result<f64> {
         self.preprocess.size_of(picture.height(), picture.width())?;
         let prepared = self.preprocess.prepare(picture);
-        disagreement(&features(&self.plain, &prepared)?, &features(&self.defended, &prepared)?)
-    }
-}
-
-/// Features `(1, T, D)` of a prepared picture.
-fn features(tower: &Tower, picture: &RgbImage) -> Result<Tensor> {
-    match tower {
-        Tower::Clip(tower, feature) => {
-            feature.of(tower.as_ref(), &pixels_from_rgb(picture, tower.device())?.unsqueeze(0)?)
-        }
-        Tower::Qwen(tower) => {
-            let at = tower.at(picture.height() as usize, picture.width() as usize)?;
-            Feature::Merged.of(&at, &pixels_from_rgb(picture, tower.device())?.unsqueeze(0)?)
-        }
+        disagreement(&self.plain.of(&prepared)?, &self.defended.of(&prepared)?)
     }
 }
 
 /// 1 minus the mean cosine, token by token.
-fn disagreement(a: &Tensor, b: &Tensor) -> Result<f64> {
+pub(crate) fn disagreement(a: &Tensor, b: &Tensor) -> Result<f64> {
     let wide = |x: &Tensor| x.to_device(&Device::Cpu)?.to_dtype(DType::F64);
     let (a, b) = (wide(a)?, wide(b)?);
     let dot = (&a * &b)?.sum(D::Minus1)?;
@@ -121,6 +92,26 @@ impl Calibration {
         }
         scores.sort_by(f64::total_cmp);
         Ok(Self { schema_version: Self::VERSION, subject, dataset: dataset.into(), scores })
+    }
+
+    /// Of a data set's pictures.
+    ///
+    /// # Errors
+    /// If a picture cannot be read or scored, or there are too few.
+    pub fn of(
+        detector: &Detector,
+        subject: Subject,
+        set: &LabelledSet,
+        limits: &DecodeLimits,
+        told: &(dyn Fn() + Sync),
+    ) -> Result<Self> {
+        let score = |index| {
+            let score = detector.score(&set.picture(index, limits)?);
+            told();
+            score
+        };
+        let scores = (0..set.items().len()).into_par_iter().map(score).collect::<Result<Vec<_>>>()?;
+        Self::new(subject, set.name(), scores)
     }
 
     /// Reads a file, for the model with its defence.

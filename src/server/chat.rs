@@ -18,8 +18,9 @@ use super::api::{
     refuse, within,
 };
 use super::conversation::{Api, Reader};
-use super::gate::Streamed;
+use super::gate::{SPANS, Streamed};
 use super::metrics::Metrics;
+use super::models::Model;
 use crate::Error;
 use crate::engine::{Alternative, Calls, Engine, Grammar, Piece, Said, Sampling, Token, Tool, Turn};
 
@@ -32,37 +33,44 @@ pub async fn completions(
     body: Result<Json<ChatRequest>, JsonRejection>,
 ) -> Result<Response, ApiError> {
     let Json(request) = body?;
-    let engine = served.engine(&request.model)?;
+    let model = served.named(&request.model)?;
     let asked = Asked::read(&request, &served)?;
-    let turns = Reader::new(&served, Api::Chat).messages(&request.messages).await?;
-    let hold = compile(&engine, &asked.hold, &asked.tools).await?;
-    let mut answers = Vec::new();
-    for choice in 0..asked.n {
-        let sampling = Sampling { choice: choice as u64, grammar: hold.clone(), ..asked.sampling.clone() };
-        let pieces = pieces(&served.metrics, &engine, &turns, &asked.tools, &sampling).await?;
-        answers.push((pieces, Choice::new(choice, &asked)));
-    }
-    let head = Head {
-        id: format!("chatcmpl-{}", uuid::Uuid::new_v4().simple()),
-        created: now(),
-        model: request.model.clone(),
+    let mut reader = Reader::new(&served, Api::Chat);
+    let turns = reader.messages(&request.messages).await?;
+    let seen = reader.seen();
+    let flagged = served.flagged(&seen);
+    let answers = asked.answers(&served, model, &turns).await?;
+    let head = Head::new(model, model.x_radapt(flagged));
+    let response = match asked.stream {
+        true => stream(Box::pin(events(answers, head, asked.include_usage))).await?,
+        false => Json(completion(answers, head).await?).into_response(),
     };
-    if asked.stream {
-        let mut events = Box::pin(events(answers, head, asked.include_usage));
-        // What cannot be answered at all is an error with its status, not an event.
-        let first = match events.next().await {
-            Some(first) => first?,
-            None => return Err(Error::Engine("an empty answer".into()).into()),
-        };
-        let events = futures::stream::once(async { Ok(first) }).chain(events).map(|event| {
-            let data = event.unwrap_or_else(|error| error.body().to_string());
-            Ok::<_, Infallible>(Event::default().data(data))
-        });
-        let done = futures::stream::once(async { Ok(Event::default().data("[DONE]")) });
-        let mut response = Sse::new(events.chain(done)).keep_alive(KeepAlive::default()).into_response();
-        response.extensions_mut().insert(Streamed);
-        return Ok(response);
-    }
+    Ok((model.headers(flagged), response).into_response())
+}
+
+/// Events as a response.
+///
+/// # Errors
+/// If there is no first event: what cannot be answered at all is an error with its status.
+pub async fn stream(
+    mut events: Pin<Box<dyn Stream<Item = Result<String, ApiError>> + Send>>,
+) -> Result<Response, ApiError> {
+    let first = match events.next().await {
+        Some(first) => first?,
+        None => return Err(Error::Engine("an empty answer".into()).into()),
+    };
+    let events = futures::stream::once(async { Ok(first) }).chain(events).map(|event| {
+        let data = event.unwrap_or_else(|error| error.body().to_string());
+        Ok::<_, Infallible>(Event::default().data(data))
+    });
+    let done = futures::stream::once(async { Ok(Event::default().data("[DONE]")) });
+    let mut response = Sse::new(events.chain(done)).keep_alive(KeepAlive::default()).into_response();
+    response.extensions_mut().insert(Streamed);
+    Ok(response)
+}
+
+/// The whole answer.
+pub async fn completion(answers: Answers, head: Head) -> Result<Value, ApiError> {
     let whole = answers.into_iter().map(|(pieces, choice)| choice.whole(pieces));
     let choices = futures::future::try_join_all(whole).await?;
     let prompt = choices.first().map_or(0, |choice| choice.usage.0);
@@ -70,8 +78,12 @@ pub async fn completions(
     let choices: Vec<Value> = choices.into_iter().map(Choice::json).collect();
     let mut completion = head.json("chat.completion", choices, Some(usage(prompt, completion)));
     completion["system_fingerprint"] = fingerprint();
-    Ok(Json(completion).into_response())
+    completion["x_radapt"] = head.x_radapt;
+    Ok(completion)
 }
+
+/// A request's answers as they begin.
+pub type Answers = Vec<(Pieces, Choice)>;
 
 /// A boxed answer in pieces.
 pub type Pieces = Pin<Box<dyn Stream<Item = crate::Result<Piece>> + Send>>;
@@ -85,9 +97,18 @@ pub async fn pieces(
     sampling: &Sampling,
 ) -> Result<Pieces, ApiError> {
     let metrics = metrics.clone();
+    // It ends with the stream, which is when the closure goes.
+    let span = tracing::info_span!(
+        target: SPANS,
+        "answer",
+        gen_ai.usage.input_tokens = tracing::field::Empty,
+        gen_ai.usage.output_tokens = tracing::field::Empty,
+    );
     let pieces = engine.stream_with(turns, tools, sampling).await?;
     Ok(Box::pin(pieces.inspect(move |piece| {
         if let Ok(Piece { finish_reason: Some(_), usage: (prompt, completion), .. }) = piece {
+            span.record("gen_ai.usage.input_tokens", prompt);
+            span.record("gen_ai.usage.output_tokens", completion);
             metrics.count_tokens(*prompt, *completion);
         }
     })))
@@ -122,8 +143,8 @@ pub async fn compile(engine: &Arc<Engine>, hold: &Hold, tools: &[Tool]) -> Resul
 }
 
 /// A request whose fields are in order.
-struct Asked {
-    sampling: Sampling,
+pub struct Asked {
+    pub sampling: Sampling,
     n: usize,
     tools: Vec<Tool>,
     hold: Hold,
@@ -132,12 +153,25 @@ struct Asked {
     most_calls: usize,
     /// Whether one function was named, which ends with `stop`.
     named: bool,
-    stream: bool,
-    include_usage: bool,
+    pub stream: bool,
+    pub include_usage: bool,
 }
 
 impl Asked {
-    fn read(request: &ChatRequest, served: &Served) -> Result<Self, ApiError> {
+    /// Begins the answers of a model.
+    pub async fn answers(&self, served: &Served, model: &Model, turns: &[Turn]) -> Result<Answers, ApiError> {
+        let engine = &model.engine;
+        let hold = compile(engine, &self.hold, &self.tools).await?;
+        let mut answers = Vec::new();
+        for choice in 0..self.n {
+            let sampling = Sampling { choice: choice as u64, grammar: hold.clone(), ..self.sampling.clone() };
+            let pieces = pieces(&served.metrics, engine, turns, &self.tools, &sampling).await?;
+            answers.push((pieces, Choice::new(choice, self)));
+        }
+        Ok(answers)
+    }
+
+    pub fn read(request: &ChatRequest, served: &Served) -> Result<Self, ApiError> {
         refuse(&request.rest, "")?;
         request.harmless.check()?;
         let stream = request.stream.unwrap_or(false);
@@ -364,7 +398,7 @@ pub fn schema_of(schema: Option<&Value>, field: &'static str) -> Result<Hold, Ap
 }
 
 /// One of a request's answers as it comes.
-struct Choice {
+pub struct Choice {
     index: usize,
     calls: Option<Calls>,
     named: bool,
@@ -487,14 +521,20 @@ fn entry(bytes: &[u8], logprob: f32) -> Value {
     json!({ "token": String::from_utf8_lossy(bytes), "logprob": logprob, "bytes": bytes })
 }
 
-/// What every chunk of an answer begins with.
-struct Head {
+/// What every chunk of an answer begins with, and `x_radapt`, which stands in the first.
+pub struct Head {
     id: String,
     created: u64,
     model: String,
+    x_radapt: Value,
 }
 
 impl Head {
+    pub fn new(model: &Model, x_radapt: Value) -> Self {
+        let id = format!("chatcmpl-{}", uuid::Uuid::new_v4().simple());
+        Self { id, created: now(), model: model.name.clone(), x_radapt }
+    }
+
     fn json(&self, object: &str, choices: Vec<Value>, usage: Option<Value>) -> Value {
         let mut json = json!({
             "id": self.id,
@@ -519,16 +559,20 @@ fn usage(prompt: usize, completion: usize) -> Value {
 }
 
 /// The events of a streamed answer, without the last; an error ends them.
-fn events(
-    answers: Vec<(Pieces, Choice)>,
-    head: Head,
+pub fn events(
+    answers: Answers,
+    mut head: Head,
     include_usage: bool,
 ) -> impl Stream<Item = Result<String, ApiError>> + Send {
     async_stream::stream! {
-        let chunk = |index: usize, delta: Value, logprobs: Value, finish: Option<&str>| {
+        let mut x_radapt = Some(head.x_radapt.take());
+        let mut chunk = |index: usize, delta: Value, logprobs: Value, finish: Option<&str>| {
             let choice = json!({ "index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish });
             let mut chunk = head.json("chat.completion.chunk", vec![choice], include_usage.then_some(Value::Null));
             chunk["system_fingerprint"] = fingerprint();
+            if let Some(x_radapt) = x_radapt.take() {
+                chunk["x_radapt"] = x_radapt;
+            }
             chunk.to_string()
         };
         let (pieces, mut choices): (Vec<Pieces>, Vec<Choice>) = answers.into_iter().unzip();

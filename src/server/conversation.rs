@@ -2,6 +2,7 @@
 
 use super::Served;
 use super::api::{ApiError, Content, ImageUrl, Message, Part, is_name, refuse};
+use super::suspicion::Suspicion;
 use crate::engine::{Call, Role, Turn};
 
 /// Which of OpenAI's two APIs a part of a message is written for.
@@ -17,11 +18,25 @@ pub struct Reader<'a> {
     api: Api,
     /// How many pictures there were so far.
     pictures: usize,
+    /// Whether they are to be looked at whatever the server is told.
+    look: bool,
+    /// What was seen.
+    seen: Vec<Suspicion>,
 }
 
 impl<'a> Reader<'a> {
     pub fn new(served: &'a Served, api: Api) -> Self {
-        Self { served, api, pictures: 0 }
+        Self { served, api, pictures: 0, look: false, seen: Vec::new() }
+    }
+
+    /// The same, but every picture is looked at.
+    pub fn looking(self) -> Self {
+        Self { look: true, ..self }
+    }
+
+    /// How suspicious the pictures are that were looked at.
+    pub fn seen(self) -> Vec<Suspicion> {
+        self.seen
     }
 
     /// The turns of a chat completion's messages.
@@ -180,8 +195,11 @@ impl<'a> Reader<'a> {
                         ));
                     }
                     let label = format!("{param}, picture {}", self.pictures);
-                    let picture = self.served.picture(url, &label).await;
-                    turn.images.push(picture.map_err(|error| error.at(&at))?);
+                    let picture = self.served.picture(url, &label).await.map_err(|error| error.at(&at))?;
+                    let watched = self.served.watched(picture, &label, self.look).await;
+                    let (picture, seen) = watched.map_err(|error| error.at(&at))?;
+                    self.seen.extend(seen);
+                    turn.images.push(picture);
                     turn.places.push(turn.text.len());
                     after_text = false;
                 }

@@ -20,12 +20,12 @@ const DOT: &str = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAAC
 
 /// `GET /openapi.json`
 pub async fn document(State(served): State<Arc<Served>>) -> Json<Value> {
-    Json(described(&served.options))
+    Json(described(&served.options, &names(&served)))
 }
 
 /// `GET /docs`
 pub async fn page(State(served): State<Arc<Served>>) -> Response {
-    let html = written(&described(&served.options));
+    let html = written(&described(&served.options, &names(&served)));
     let policy = format!("{}; frame-ancestors 'none'", page::policy(CSS));
     let headers = [
         (CONTENT_TYPE, "text/html; charset=utf-8".to_string()),
@@ -35,13 +35,17 @@ pub async fn page(State(served): State<Arc<Served>>) -> Response {
     (headers, html).into_response()
 }
 
-/// The document with the server's model and limits.
-fn described(options: &ServerOptions) -> Value {
+fn names(served: &Served) -> Vec<&str> {
+    served.models().map(|model| model.name.as_str()).collect()
+}
+
+/// The document with the server's models and limits.
+fn described(options: &ServerOptions, names: &[&str]) -> Value {
     // It is ours; a test reads it.
     let mut document: Value = serde_json::from_str(DOCUMENT).unwrap_or_default();
     document["info"]["version"] = json!(env!("CARGO_PKG_VERSION"));
     let schemas = &mut document["components"]["schemas"];
-    schemas["Model"]["enum"] = json!([options.name]);
+    schemas["Model"]["enum"] = json!(names);
     let chat = &mut schemas["ChatRequest"]["properties"];
     chat["n"]["maximum"] = json!(options.max_choices);
     for field in ["max_completion_tokens", "max_tokens"] {
@@ -56,11 +60,11 @@ fn described(options: &ServerOptions) -> Value {
     let picture = json!({ "type": "input_image", "image_url": DOT });
     let content = json!([picture, { "type": "input_text", "text": question }]);
     let input = json!([{ "role": "user", "content": content }]);
+    let chat = json!({ "model": options.name, "messages": messages, "max_completion_tokens": most });
     for (path, example) in [
-        (
-            "/v1/chat/completions",
-            json!({ "model": options.name, "messages": messages, "max_completion_tokens": most }),
-        ),
+        ("/v1/chat/completions", chat.clone()),
+        ("/v1/compare", chat),
+        ("/v1/perturb", json!({ "image": DOT, "eps": "8/255", "threat": "transfer", "steps": 2 })),
         ("/v1/responses", json!({ "model": options.name, "input": input, "max_output_tokens": most })),
     ] {
         document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["example"] = example;
@@ -244,8 +248,12 @@ mod tests {
             max_tokens: 77,
             max_pictures: 1,
             max_choices: 3,
+            watch: None,
+            perturb: false,
+            playground: true,
+            samples: false,
         };
-        described(&options)
+        described(&options, &["<b>odd", "<b>odd:undefended"])
     }
 
     #[test]

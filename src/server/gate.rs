@@ -20,6 +20,7 @@ use http_body::{Body as _, Frame, SizeHint};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde_json::json;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tracing::{Instrument, Span};
 
 use super::keys::{Key, KeyLimits, Keys};
 use super::metrics::{Answered, Metrics, Route};
@@ -76,6 +77,9 @@ pub struct Gate {
     /// What is counted.
     pub metrics: Arc<Metrics>,
 }
+
+/// The target of spans, which are for traces and not for the log.
+pub const SPANS: &str = "radapt::spans";
 
 /// In a response's extensions: it is a stream, whose end is not its start.
 #[derive(Debug, Clone, Copy)]
@@ -240,11 +244,24 @@ pub async fn gate(State(gate): State<Arc<Gate>>, request: Request, next: Next) -
     let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str).to_string();
     let method = request.method().clone();
     let id = request_id(request.headers());
+    let span = tracing::info_span!(
+        target: SPANS,
+        "request",
+        otel.name = format!("{method} {route}"),
+        otel.kind = "server",
+        http.request.method = %method,
+        http.route = route,
+        http.response.status_code = tracing::field::Empty,
+        radapt.request_id = id,
+        radapt.key = tracing::field::Empty,
+    );
+    #[cfg(feature = "otlp")]
+    super::traces::follow(&span, request.headers());
     let open = is_open(&route);
     let asker = if open { Some(gate.anonymous.clone()) } else { gate.asker(request.headers()) };
     let mut response = match &asker {
-        Some(_) if open => next.run(request).await,
-        Some(asker) => gate.pass(request, next, asker).await,
+        Some(_) if open => next.run(request).instrument(span.clone()).await,
+        Some(asker) => gate.pass(request, next, asker).instrument(span.clone()).await,
         None => {
             gate.metrics.turn_away("key");
             let mut response =
@@ -256,12 +273,16 @@ pub async fn gate(State(gate): State<Arc<Gate>>, request: Request, next: Next) -
     if let Ok(value) = HeaderValue::from_str(&id) {
         response.headers_mut().insert(REQUEST_ID, value);
     }
+    let key = asker.map_or_else(|| "none".into(), |asker| asker.name().to_string());
+    span.record("http.response.status_code", response.status().as_u16());
+    span.record("radapt.key", &key);
     let done = Done {
+        _span: span,
         gate: gate.clone(),
         id,
         method,
         route,
-        key: asker.map_or_else(|| "none".into(), |asker| asker.name().to_string()),
+        key,
         status: response.status(),
         streamed: response.extensions().get::<Streamed>().is_some(),
         start,
@@ -273,7 +294,10 @@ pub async fn gate(State(gate): State<Arc<Gate>>, request: Request, next: Next) -
 
 /// What a stranger may see: whether the server lives, its pages, and nothing that costs.
 fn is_open(route: &str) -> bool {
-    matches!(route, "/health" | "/ready" | "/docs" | "/openapi.json")
+    matches!(
+        route,
+        "/health" | "/ready" | "/docs" | "/openapi.json" | "/" | "/playground.css" | "/playground.js"
+    )
 }
 
 /// The asker's own number for the request where it is harmless, a new one elsewhere.
@@ -377,6 +401,8 @@ impl http_body::Body for Timed {
 
 /// What is said of a request when its answer is out, or its reader gone.
 struct Done {
+    /// It ends with the answer.
+    _span: Span,
     gate: Arc<Gate>,
     id: String,
     method: Method,

@@ -72,6 +72,10 @@ pub struct Metrics {
     pub pictures: Counter,
     /// Pictures refused, by reason.
     pub pictures_refused: Family<Reason, Counter>,
+    /// How far the two towers disagree on pictures.
+    pub suspicion: Histogram,
+    /// Suspicious pictures by what was done: `log`, `flag`, `refuse`, or `compared` where nothing was to be.
+    pub suspicious: Family<Reason, Counter>,
 }
 
 impl Default for Metrics {
@@ -90,6 +94,8 @@ impl Default for Metrics {
             tokens: Family::default(),
             pictures: Counter::default(),
             pictures_refused: Family::default(),
+            suspicion: Histogram::new([0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.5]),
+            suspicious: Family::default(),
             registry: Registry::default(),
         };
         registry.register("requests", "Requests by route, status and key", found.requests.clone());
@@ -106,12 +112,25 @@ impl Default for Metrics {
         registry.register("tokens", "Tokens of prompts and completions", found.tokens.clone());
         registry.register("pictures", "Pictures taken in", found.pictures.clone());
         registry.register("pictures_refused", "Pictures refused, by reason", found.pictures_refused.clone());
+        registry.register(
+            "suspicion_score",
+            "How far the defended and the undefended tower disagree on pictures",
+            found.suspicion.clone(),
+        );
+        registry.register(
+            "suspicious_pictures",
+            "Suspicious pictures by what was done",
+            found.suspicious.clone(),
+        );
         // A count that is not there yet cannot be told from one that never comes.
         for refusal in Refusal::ALL {
             found.refused(*refusal, 0);
         }
         for reason in ["key", "rate", "concurrent", "queue", "draining", "body"] {
             found.turned_away.get_or_create(&Reason { reason: Word(reason) }).inc_by(0);
+        }
+        for done in ["log", "flag", "refuse", "compared"] {
+            found.suspicious.get_or_create(&Reason { reason: Word(done) }).inc_by(0);
         }
         Self { registry, ..found }
     }
@@ -121,6 +140,11 @@ impl Metrics {
     /// Counts refused pictures.
     pub fn refused(&self, refusal: Refusal, n: u64) {
         self.pictures_refused.get_or_create(&Reason { reason: Word(refusal.as_str()) }).inc_by(n);
+    }
+
+    /// Counts a suspicious picture.
+    pub fn suspect(&self, done: &'static str) {
+        self.suspicious.get_or_create(&Reason { reason: Word(done) }).inc();
     }
 
     /// Counts a request turned away.

@@ -6,6 +6,7 @@
 
 mod api;
 mod chat;
+mod compare;
 mod conversation;
 mod docs;
 pub mod gate;
@@ -13,7 +14,13 @@ pub mod intake;
 pub mod keys;
 pub mod listen;
 pub mod metrics;
+mod models;
+mod perturb;
+mod playground;
 mod responses;
+pub mod suspicion;
+#[cfg(feature = "otlp")]
+pub mod traces;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -26,8 +33,9 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
+use tracing::Instrument;
 
-use crate::engine::Engine;
+use crate::eval::suspicion::Detector;
 use crate::{Error, Result};
 
 pub use api::ApiError;
@@ -35,6 +43,10 @@ use gate::Gate;
 use image::RgbImage;
 use intake::{Intake, IntakeOptions};
 use metrics::Metrics;
+use models::Model;
+pub use models::Models;
+use perturb::Workshop;
+use suspicion::{OnSuspect, Suspicion, Watch, WatchOptions};
 
 /// What a server is started with.
 #[derive(Debug, Clone)]
@@ -49,10 +61,21 @@ pub struct ServerOptions {
     pub max_pictures: usize,
     /// The most answers a request may ask for, as `n`.
     pub max_choices: usize,
+    /// How pictures are watched; `None` if they are not.
+    pub watch: Option<WatchOptions>,
+    /// Whether `POST /v1/perturb` makes adversarial pictures.
+    pub perturb: bool,
+    /// Whether there is a page to try the server with at `/`.
+    pub playground: bool,
+    /// Whether that page offers pictures of the pocket world, which the built-in model knows.
+    pub samples: bool,
 }
 
 struct Served {
-    engine: Arc<Engine>,
+    model: Model,
+    undefended: Option<Model>,
+    watch: Option<Watch>,
+    workshop: Option<Workshop>,
     options: ServerOptions,
     intake: Intake,
     metrics: Arc<Metrics>,
@@ -61,17 +84,45 @@ struct Served {
 }
 
 impl Served {
-    /// The engine behind a model's name.
-    fn engine(&self, model: &str) -> std::result::Result<Arc<Engine>, ApiError> {
-        if model == self.options.name {
-            return Ok(self.engine.clone());
+    /// The models by their names.
+    fn models(&self) -> impl Iterator<Item = &Model> {
+        std::iter::once(&self.model).chain(&self.undefended)
+    }
+
+    /// The model of this name.
+    fn named(&self, name: &str) -> std::result::Result<&Model, ApiError> {
+        self.models().find(|model| model.name == name).ok_or_else(|| {
+            let names: Vec<String> = self.models().map(|model| format!("`{}`", model.name)).collect();
+            ApiError::no_model(name, &names.join(" and "))
+        })
+    }
+
+    /// Looks at a request's picture, where such are watched, or where the request asks for it.
+    async fn watched(
+        &self,
+        picture: RgbImage,
+        label: &str,
+        asked: bool,
+    ) -> std::result::Result<(RgbImage, Option<Suspicion>), ApiError> {
+        match &self.watch {
+            Some(watch) if asked || watch.on_suspect().is_some() => {
+                let (picture, found) = watch.look(picture, label).await?;
+                Ok((picture, Some(found)))
+            }
+            _ => Ok((picture, None)),
         }
-        Err(ApiError::no_model(model, &format!("`{}`", self.options.name)))
+    }
+
+    /// What an answer says of its pictures: nothing, unless they are to be flagged.
+    fn flagged<'s>(&self, seen: &'s [Suspicion]) -> Option<&'s [Suspicion]> {
+        let watch = self.watch.as_ref()?;
+        (watch.on_suspect() == Some(OnSuspect::Flag)).then_some(seen)
     }
 
     /// The picture of a URL; `label` is its name in messages.
     async fn picture(&self, url: &str, label: &str) -> std::result::Result<RgbImage, ApiError> {
-        match self.intake.picture(url, label).await {
+        let span = tracing::info_span!(target: gate::SPANS, "picture");
+        match self.intake.picture(url, label).instrument(span).await {
             Ok(picture) => {
                 self.metrics.pictures.inc();
                 Ok(picture)
@@ -89,27 +140,67 @@ impl Served {
         }
     }
 
-    fn model(&self) -> Value {
-        json!({ "id": self.options.name, "object": "model", "created": self.created, "owned_by": "radapt" })
+    /// A model as `/v1/models` has it.
+    fn listed(&self, model: &Model) -> Value {
+        let mut x_radapt = model.x_radapt(None);
+        x_radapt["compare"] = json!(self.undefended.is_some());
+        x_radapt["samples"] = json!(self.options.playground && self.options.samples);
+        x_radapt["perturb"] = json!(self.workshop.is_some());
+        x_radapt["on_suspect"] =
+            json!(self.watch.as_ref().and_then(Watch::on_suspect).map(OnSuspect::as_str));
+        json!({
+            "id": model.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "radapt",
+            "x_radapt": x_radapt,
+        })
     }
 }
 
-/// The routes: `POST /v1/chat/completions`, `POST /v1/responses`, `GET /v1/models`, `GET /health` (it
-/// lives), `GET /ready` (it takes requests), `GET /metrics`, and what describes them, `GET
-/// /openapi.json` and `GET /docs`; all behind the gate.
+/// The routes: `POST /v1/chat/completions`, `POST /v1/responses`, `POST /v1/compare`, `POST
+/// /v1/perturb`, `GET /v1/models`, `GET /health` (it lives), `GET /ready` (it takes requests), `GET
+/// /metrics`, and what describes them, `GET /openapi.json`, `GET /docs` and the playground at `/`; all
+/// behind the gate.
 ///
 /// # Errors
-/// If the intake's limits leave no room for a picture, or its hosts are not written as such.
-pub fn router(engine: Engine, options: ServerOptions, own: Arc<Gate>) -> Result<Router> {
+/// If the intake's limits leave no room for a picture, its hosts are not written as such, pictures
+/// are to be watched without a defence, or by too few clean ones, or adversarial ones are to be made
+/// for a model whose tower is not known.
+pub fn router(models: Models, options: ServerOptions, own: Arc<Gate>) -> Result<Router> {
     let intake = Intake::new(options.intake.clone())?;
     let metrics = own.metrics.clone();
-    let served = Arc::new(Served { engine: Arc::new(engine), intake, metrics, options, created: api::now() });
+    let engine = &models.defended;
+    let watch = options.watch.clone().map(|watch| {
+        let tower = engine.tower().filter(|_| engine.defense().is_some());
+        let Some(tower) = tower else {
+            let expected = "a defence: without one there is nothing to disagree";
+            return Err(Error::argument("--on-suspect or --compare", expected, "none"));
+        };
+        Watch::new(Detector::new(tower.clone(), engine.preprocess().clone()), watch, metrics.clone())
+    });
+    let served = Arc::new(Served {
+        watch: watch.transpose()?,
+        workshop: options.perturb.then(|| Workshop::new(engine)).transpose()?,
+        undefended: models
+            .undefended
+            .map(|engine| Model::new(format!("{}:undefended", options.name), engine)),
+        model: Model::new(options.name.clone(), models.defended),
+        intake,
+        metrics,
+        created: api::now(),
+        options,
+    });
     let (ready, counted) = (own.clone(), own.metrics.clone());
-    Ok(Router::new()
+    let pages =
+        if served.options.playground { playground::routes(served.options.samples) } else { Router::new() };
+    Ok(pages
         .route("/v1/chat/completions", post(chat::completions))
         .route("/v1/responses", post(responses::create))
-        .route("/v1/models", get(models))
-        .route("/v1/models/{*id}", get(model))
+        .route("/v1/compare", post(compare::compare))
+        .route("/v1/perturb", post(perturb::perturb))
+        .route("/v1/models", get(list))
+        .route("/v1/models/{*id}", get(listed))
         .route("/health", get(|| async { axum::Json(json!({ "status": "ok" })) }))
         .route("/ready", get(move || std::future::ready(readiness(&ready))))
         .route(
@@ -164,13 +255,14 @@ pub async fn stop_signal() {
     let _ = interrupt.await;
 }
 
-async fn models(State(served): State<Arc<Served>>) -> Response {
-    axum::Json(json!({ "object": "list", "data": [served.model()] })).into_response()
+async fn list(State(served): State<Arc<Served>>) -> Response {
+    let data: Vec<Value> = served.models().map(|model| served.listed(model)).collect();
+    axum::Json(json!({ "object": "list", "data": data })).into_response()
 }
 
-async fn model(State(served): State<Arc<Served>>, Path(id): Path<String>) -> Response {
-    match served.engine(&id) {
-        Ok(_) => axum::Json(served.model()).into_response(),
+async fn listed(State(served): State<Arc<Served>>, Path(id): Path<String>) -> Response {
+    match served.named(&id) {
+        Ok(model) => axum::Json(served.listed(model)).into_response(),
         Err(error) => error.into_response(),
     }
 }

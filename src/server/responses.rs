@@ -20,6 +20,7 @@ use super::api::{ApiError, Content, Harmless, is_name, now, refuse};
 use super::chat::{Hold, Pieces, compile, max_tokens, pieces, schema_of, temperature, top_p};
 use super::conversation::{Api, Reader};
 use super::gate::Streamed;
+use super::suspicion::Suspicion;
 use crate::Error;
 use crate::engine::{Role, Sampling, Turn};
 
@@ -89,7 +90,7 @@ pub async fn create(
     body: Result<Json<ResponsesRequest>, JsonRejection>,
 ) -> Result<Response, ApiError> {
     let Json(request) = body?;
-    let engine = served.engine(&request.model)?;
+    let model = served.named(&request.model)?;
     let mut rest = request.rest.clone();
     // What asks for what is done anyway.
     rest.retain(|field, value| match field.as_str() {
@@ -108,15 +109,18 @@ pub async fn create(
         top_p: top_p(request.top_p)?,
         ..Sampling::default()
     };
-    let turns = turns(&request, &served).await?;
-    let sampling = Sampling { grammar: compile(&engine, &hold, &[]).await?, ..sampling };
-    let pieces = pieces(&served.metrics, &engine, &turns, &[], &sampling).await?;
+    let (turns, seen) = turns(&request, &served).await?;
+    let flagged = served.flagged(&seen);
+    let headers = model.headers(flagged);
+    let sampling = Sampling { grammar: compile(&model.engine, &hold, &[]).await?, ..sampling };
+    let pieces = pieces(&served.metrics, &model.engine, &turns, &[], &sampling).await?;
     let shape = Shape {
         id: format!("resp_{}", uuid::Uuid::new_v4().simple()),
         message: format!("msg_{}", uuid::Uuid::new_v4().simple()),
         created: now(),
         format,
         temperature: sampling.temperature.unwrap_or(0.0),
+        x_radapt: model.x_radapt(flagged),
         request,
     };
     if shape.request.stream.unwrap_or(false) {
@@ -136,7 +140,7 @@ pub async fn create(
         });
         let mut response = Sse::new(events).keep_alive(KeepAlive::default()).into_response();
         response.extensions_mut().insert(Streamed);
-        return Ok(response);
+        return Ok((headers, response).into_response());
     }
     let (mut pieces, mut text, mut end) = (pieces, String::new(), None);
     while let Some(piece) = pieces.next().await {
@@ -147,7 +151,7 @@ pub async fn create(
     let Some((reason, usage)) = end else {
         return Err(Error::Engine("the answer has no end".into()).into());
     };
-    Ok(Json(shape.response(&text, Some((&reason, usage)))).into_response())
+    Ok((headers, Json(shape.response(&text, Some((&reason, usage))))).into_response())
 }
 
 fn held(text: Option<&TextFormat>) -> Result<(Hold, Value), ApiError> {
@@ -174,15 +178,15 @@ fn held(text: Option<&TextFormat>) -> Result<(Hold, Value), ApiError> {
     }
 }
 
-async fn turns(request: &ResponsesRequest, served: &Served) -> Result<Vec<Turn>, ApiError> {
+async fn turns(request: &ResponsesRequest, served: &Served) -> Result<(Vec<Turn>, Vec<Suspicion>), ApiError> {
     let mut turns = Vec::new();
+    let mut reader = Reader::new(served, Api::Responses);
     if let Some(instructions) = &request.instructions {
         turns.push(Turn::text(Role::System, instructions.clone()));
     }
     match &request.input {
         Input::Text(text) => turns.push(Turn::text(Role::User, text.clone())),
         Input::Items(items) => {
-            let mut reader = Reader::new(served, Api::Responses);
             for (i, item) in items.iter().enumerate() {
                 let param = format!("input[{i}]");
                 refuse(&item.rest, &param)?;
@@ -208,7 +212,7 @@ async fn turns(request: &ResponsesRequest, served: &Served) -> Result<Vec<Turn>,
         }
     }
     match turns.last() {
-        Some(turn) if turn.role == Role::User => Ok(turns),
+        Some(turn) if turn.role == Role::User => Ok((turns, reader.seen())),
         _ => Err(ApiError::bad_request("the last message must be the user's", "input")),
     }
 }
@@ -220,6 +224,7 @@ struct Shape {
     created: u64,
     format: Value,
     temperature: f64,
+    x_radapt: Value,
     request: ResponsesRequest,
 }
 
@@ -268,6 +273,7 @@ impl Shape {
             "truncation": "disabled",
             "usage": usage,
             "user": request.harmless.user,
+            "x_radapt": self.x_radapt,
         })
     }
 

@@ -96,14 +96,14 @@ impl Refusal {
         }
     }
 
-    /// The HTTP status to answer with: 400, 413 over a limit, 503 when busy.
+    /// The HTTP status to answer with: 400, 413 over a limit, 429 when busy.
     ///
     /// OpenAI's clients ask again by themselves after 408, 409, 429 and 5xx; a picture that was
     /// refused once will be refused again, so of these only `busy` is one.
     pub fn status(self) -> u16 {
         match self {
             Self::TooLarge | Self::TooManyPixels | Self::TooMuchMemory => 413,
-            Self::Busy => 503,
+            Self::Busy => 429,
             _ => 400,
         }
     }
