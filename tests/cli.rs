@@ -595,3 +595,26 @@ fn the_attack_step_is_timed_case_by_case() {
     fails("two at once", &["bench", "attack", "--model", "x", "--shape", "all"], 2, "shape");
     fails("several here", &["bench", "attack", "--here"], 2, "--here");
 }
+
+#[test]
+fn completions_and_manual_pages_know_every_command() {
+    for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
+        let said = text(&radapt(&["completions", shell]).stdout).to_string();
+        for word in ["anchor", "suspicion", "completions", "--cutoff"] {
+            let word = if shell == "fish" { word.trim_start_matches('-') } else { word };
+            assert!(said.contains(word), "{shell}: {word}");
+        }
+    }
+    fails("no such shell", &["completions", "tcsh"], 2, "tcsh");
+    let folder = tempfile::tempdir().expect("a folder");
+    let pages = folder.path().join("man");
+    let json = stdout_json(&["man", &pages.display().to_string(), "--json"]);
+    let names: Vec<&str> =
+        json["pages"].as_array().expect("pages").iter().filter_map(|p| p.as_str()).collect();
+    for name in ["radapt.1", "radapt-eval-suspicion.1", "radapt-anchor-train.1"] {
+        assert!(names.contains(&name), "{names:?}");
+        let page = std::fs::read_to_string(pages.join(name)).expect("a page");
+        assert!(page.contains(".SH SYNOPSIS") && page.contains("--seed"), "{page}");
+    }
+    fails("a file", &["man", "Cargo.toml"], 2, "FOLDER");
+}

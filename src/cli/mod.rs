@@ -14,6 +14,7 @@ mod bench;
 #[cfg(feature = "engine")]
 mod chat;
 mod classify;
+mod completions;
 #[cfg(feature = "engine")]
 mod demo;
 mod eval;
@@ -44,9 +45,9 @@ use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{ArgAction, Parser, Subcommand};
 #[cfg(feature = "engine")]
-use clap::{CommandFactory, FromArgMatches};
+use clap::FromArgMatches;
+use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 
@@ -101,6 +102,8 @@ enum Command {
     Bench(bench::Bench),
     /// The pocket world: draw its pictures, train its models, score them
     Pocket(pocket::Pocket),
+    Completions(completions::Completions),
+    Man(completions::Man),
 }
 
 /// Runs the command line.
@@ -139,6 +142,8 @@ pub fn main() -> ExitCode {
         Command::Eval(eval) => eval.run(&cli.global),
         Command::Bench(bench) => bench.run(&cli.global),
         Command::Pocket(pocket) => pocket.run(&cli.global),
+        Command::Completions(completions) => completions.run(&cli.global),
+        Command::Man(man) => man.run(&cli.global),
     };
     match result {
         Ok(code) => code,
@@ -154,7 +159,7 @@ fn parse() -> anyhow::Result<Cli> {
 /// The command line, and for `serve` the environment and the file of `--config`.
 #[cfg(feature = "engine")]
 fn parse() -> anyhow::Result<Cli> {
-    let command = serve_config::with_environment(Cli::command(), "serve");
+    let command = command();
     let mut given: Vec<std::ffi::OsString> = std::env::args_os().collect();
     let matches = command.clone().try_get_matches_from(&given)?;
     let file =
@@ -164,6 +169,14 @@ fn parse() -> anyhow::Result<Cli> {
     let with_file =
         command.try_get_matches_from(given).map_err(|error| serve_config::complaint(path, &error))?;
     Ok(Cli::from_arg_matches(&with_file)?)
+}
+
+/// The command line as it is described.
+fn command() -> clap::Command {
+    let command = Cli::command();
+    #[cfg(feature = "engine")]
+    let command = serve_config::with_environment(command, "serve");
+    command
 }
 
 /// One line, and a hint where there is one.
