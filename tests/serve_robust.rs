@@ -51,7 +51,7 @@ fn said(completion: &Value) -> &str {
 /// The last event of `POST /v1/perturb`, after those of progress.
 fn perturb(server: &Server, picture: &str, eps: &str, threat: &str) -> Value {
     let body = json!({ "image": picture, "eps": eps, "threat": threat, "steps": 10 });
-    let events = server.events("/v1/perturb", &body);
+    let events = server.event_stream("/v1/perturb", &body);
     let events: Vec<Value> =
         events[..events.len() - 1].iter().map(|event| serde_json::from_str(event).expect("JSON")).collect();
     let (last, progress) = events.split_last().expect("events");

@@ -90,7 +90,7 @@ struct RobustnessFlags {
     /// well that tells them apart
     #[arg(long, value_name = "ACTION", value_enum)]
     on_suspect: Option<Action>,
-    /// The scores of clean pictures, a file of `radapt eval suspicion --calibration`
+    /// The scores of clean pictures, a file that `radapt eval suspicion` writes
     #[arg(long, value_name = "FILE", conflicts_with = "calibrate")]
     calibration: Option<PathBuf>,
     /// Score these clean pictures at the start instead: anything that --data of the evaluations takes;

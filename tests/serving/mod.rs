@@ -79,6 +79,11 @@ impl Server {
     pub fn events(&self, route: &str, body: &Value) -> Vec<String> {
         let mut body = body.clone();
         body["stream"] = true.into();
+        self.event_stream(route, &body)
+    }
+
+    /// The events of an answer that is always a stream.
+    pub fn event_stream(&self, route: &str, body: &Value) -> Vec<String> {
         let (status, text) = self.request("POST", route, &body.to_string());
         assert_eq!(status, 200, "{text}");
         text.lines().filter_map(|line| line.strip_prefix("data: ")).map(str::to_string).collect()
