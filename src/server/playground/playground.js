@@ -10,6 +10,8 @@ function say(text) {
 function complain(text) {
   byId("alert").textContent = text;
   byId("alert").hidden = !text;
+  // The button that led to it may be far below.
+  if (text) byId("alert").scrollIntoView({ block: "center" });
 }
 
 function headers() {
@@ -258,6 +260,7 @@ async function ask() {
   } catch (error) {
     if (!stopped(error)) complain(error.message);
     else say("Stopped.");
+    byId("answers").hidden = sides.every((name) => !byId(`${name}-text`).textContent);
   } finally {
     for (const name of sides) byId(`${name}-card`).classList.remove("open");
     state.asking = null;
