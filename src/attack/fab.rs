@@ -33,7 +33,7 @@ const SHORTEST: f64 = 1e-8;
 ///
 /// What it finds lies so close to the boundary that rounding to 8 bits undoes much of it.
 ///
-/// [`Outcome::distance`] is the Linf distance of the nearest wrong picture found, within `eps` or
+/// [`super::Outcome::distance`] is the Linf distance of the nearest wrong picture found, within `eps` or
 /// not. What is within `eps` after one target or restart takes no part in the next, as in the
 /// original, so the distance is then that run's.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
