@@ -14,12 +14,14 @@ fn schema(name: &str) -> jsonschema::Validator {
 }
 
 fn holds(schema: &jsonschema::Validator, value: &Value) {
-    let wrong: Vec<String> = schema.iter_errors(value).map(|e| format!("{}: {e}", e.instance_path())).collect();
+    let wrong: Vec<String> =
+        schema.iter_errors(value).map(|e| format!("{}: {e}", e.instance_path())).collect();
     assert!(wrong.is_empty(), "{wrong:#?}\n{value:#}");
 }
 
 fn radapt(args: &[&str]) -> Value {
-    let output = Command::new(env!("CARGO_BIN_EXE_radapt")).args(args).arg("--json").output().expect("it runs");
+    let output =
+        Command::new(env!("CARGO_BIN_EXE_radapt")).args(args).arg("--json").output().expect("it runs");
     assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
     serde_json::from_slice(&output.stdout).expect("JSON")
 }
@@ -48,7 +50,8 @@ fn a_classification_run_is_as_its_schemas_say() {
     // A robust figure without its threat model is none.
     let attacked = |row: &Value| row["threat"] == "transfer";
     let place = summary["rows"].as_array().expect("rows").iter().position(attacked).expect("an attacked row");
-    for (field, wrong) in [("threat", Value::Null), ("surrogate", Value::Null), ("threat", "adaptive".into())] {
+    for (field, wrong) in [("threat", Value::Null), ("surrogate", Value::Null), ("threat", "adaptive".into())]
+    {
         let mut changed = summary.clone();
         changed["rows"][place][field] = wrong;
         assert!(!schema("summary").is_valid(&changed), "{field}");
