@@ -16,8 +16,9 @@ Throughput is of whole answers, time to first token of streamed ones, both at 1,
 time. A turn is --seconds of each, after a warm-up. Beside the clock's ratios stands that of the processor time per
 request, which other work on the machine disturbs less.
 
-Stock cannot answer several LLaVA conversations with pictures at a time (status 500, "unexpected rank"): that is told as
-a failure, and those of one connection are compared.
+Stock's server leaves Nagle's algorithm on, which costs its streams 40 ms; benches/stock switches it off. Stock cannot
+answer several LLaVA conversations with pictures at a time (status 500, "unexpected rank"): that is told as a failure,
+and those of one connection are compared.
 """
 
 import argparse

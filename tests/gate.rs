@@ -279,6 +279,24 @@ fn bodies_have_so_much_memory_together() {
 }
 
 #[test]
+fn bodies_have_so_many_values() {
+    let server = Server::open(GateOptions { max_values: 100, ..GateOptions::default() });
+    let list = |n: usize| format!("[{}1]", "1,".repeat(n - 2));
+    status(&answer(server.post("/v1/echo", "", &list(100))), 200);
+    let found = answer(server.post("/v1/echo", "", &list(101)));
+    status(&found, 413);
+    assert!(found.contains("more than 100 values") && found.contains("body_too_large"), "{found}");
+    status(&answer(server.post("/v1/echo", "", &"[".repeat(100))), 413);
+    status(&answer(server.post("/v1/echo", "", &"{\"a\":".repeat(100))), 413);
+    // Within a text they are letters, whatever stands before its end.
+    for text in ["[{,".repeat(100), format!("\\\"{}", ",".repeat(200)), format!("{}\\\\", ",".repeat(200))] {
+        status(&answer(server.post("/v1/echo", "", &format!("[\"{text}\",1]"))), 200);
+    }
+    let after = format!("[\"\\\\\"{}]", ",1".repeat(200));
+    status(&answer(server.post("/v1/echo", "", &after)), 413);
+}
+
+#[test]
 fn who_leaves_before_an_answer_is_counted() {
     let server = Server::open(GateOptions::default());
     let left = server.post("/v1/slow", "", "20000");

@@ -48,6 +48,9 @@ pub struct GateOptions {
     pub body_time: Duration,
     /// The most bytes a body may have.
     pub max_body: usize,
+    /// The most values (numbers, texts, lists, ...) a JSON body may have: read, each takes far more
+    /// memory than the two bytes that it can be.
+    pub max_values: usize,
     /// The most bytes that bodies may have together.
     pub bodies: usize,
     /// Limits of whoever has none of their own: keys without, and everybody where there are no keys.
@@ -63,6 +66,7 @@ impl Default for GateOptions {
             request_time: Duration::from_secs(300),
             body_time: Duration::from_secs(30),
             max_body: 65 << 20,
+            max_values: 100_000,
             bodies: 1 << 30,
             limits: KeyLimits::default(),
         }
@@ -146,7 +150,7 @@ impl Gate {
         let mut found = Vec::new();
         loop {
             let frame = match tokio::time::timeout_at(until, body.frame()).await {
-                Ok(None) => return Ok((found.into(), share)),
+                Ok(None) => break,
                 Ok(Some(Ok(frame))) => frame,
                 Ok(Some(Err(error))) => {
                     self.metrics.turn_away("body");
@@ -169,6 +173,12 @@ impl Gate {
             }
             found.extend_from_slice(&data);
         }
+        if has_more_values(&found, self.options.max_values) {
+            self.metrics.turn_away("body");
+            let message = format!("the request's body has more than {} values", self.options.max_values);
+            return Err(refuse(StatusCode::PAYLOAD_TOO_LARGE, &message, "body_too_large"));
+        }
+        Ok((found.into(), share))
     }
 
     /// Room for so many bytes of bodies.
@@ -256,6 +266,26 @@ impl Gate {
             }
         }
     }
+}
+
+/// Whether JSON has more than so many values, told by its commas and brackets before it is read.
+fn has_more_values(json: &[u8], most: usize) -> bool {
+    let (mut values, mut text, mut escaped) = (1_usize, false, false);
+    for byte in json {
+        match (text, byte) {
+            (true, _) if escaped => escaped = false,
+            (true, b'\\') => escaped = true,
+            (_, b'"') => text = !text,
+            (false, b',' | b'[' | b'{') => {
+                values += 1;
+                if values > most {
+                    return true;
+                }
+            }
+            _ => {}
+        }
+    }
+    false
 }
 
 /// The middleware that every request passes.
