@@ -234,6 +234,81 @@ fn bodies_and_headers_have_limits_in_bytes_and_time() {
     status(&server.get("/health", ""), 200);
 }
 
+/// Announced is not sent: 40 bodies of 1 MB that do not come take no room, of which there are 4 MB.
+#[test]
+fn slow_senders_hold_up_nobody() {
+    let options = GateOptions {
+        max_body: 1 << 20,
+        bodies: 4 << 20,
+        queue_time: Duration::from_secs(5),
+        body_time: Duration::from_secs(5),
+        ..GateOptions::default()
+    };
+    let server = Server::open(options);
+    let slow: Vec<_> = (0..20)
+        .flat_map(|_| ["content-length: 1000000\r\n\r\nabc", "transfer-encoding: chunked\r\n\r\n1\r\na\r\n"])
+        .map(|rest| server.send(&format!("POST /v1/echo HTTP/1.1\r\nhost: h\r\n{rest}")))
+        .collect();
+    std::thread::sleep(Duration::from_millis(200));
+    let start = Instant::now();
+    let found = answer(server.post("/v1/echo", "", &"x".repeat(1 << 20)));
+    status(&found, 200);
+    assert!(found.contains("1048576 bytes") && start.elapsed() < Duration::from_secs(2), "{found}");
+    drop(slow);
+}
+
+/// What has arrived does take room, and is given back.
+#[test]
+fn bodies_have_so_much_memory_together() {
+    let options = GateOptions {
+        max_body: 1 << 20,
+        bodies: 2 << 20,
+        queue_time: Duration::from_millis(500),
+        ..GateOptions::default()
+    };
+    let server = Server::open(options);
+    let part = format!("POST /v1/echo HTTP/1.1\r\nhost: h\r\ncontent-length: {}\r\n\r\n", 1 << 20);
+    let full: Vec<_> = (0..2).map(|_| server.send(&(part.clone() + &"x".repeat((1 << 20) - 1)))).collect();
+    std::thread::sleep(Duration::from_millis(200));
+    let found = answer(server.post("/v1/echo", "", "abc"));
+    status(&found, 429);
+    assert!(found.contains("on their way in") && found.contains("retry-after: "), "{found}");
+    drop(full);
+    std::thread::sleep(Duration::from_millis(200));
+    status(&answer(server.post("/v1/echo", "", &"x".repeat(1 << 20))), 200);
+}
+
+#[test]
+fn bodies_have_so_many_values() {
+    let server = Server::open(GateOptions { max_values: 100, ..GateOptions::default() });
+    let list = |n: usize| format!("[{}1]", "1,".repeat(n - 2));
+    status(&answer(server.post("/v1/echo", "", &list(100))), 200);
+    let found = answer(server.post("/v1/echo", "", &list(101)));
+    status(&found, 413);
+    assert!(found.contains("more than 100 values") && found.contains("body_too_large"), "{found}");
+    status(&answer(server.post("/v1/echo", "", &"[".repeat(100))), 413);
+    status(&answer(server.post("/v1/echo", "", &"{\"a\":".repeat(100))), 413);
+    // Within a text they are letters, whatever stands before its end.
+    for text in ["[{,".repeat(100), format!("\\\"{}", ",".repeat(200)), format!("{}\\\\", ",".repeat(200))] {
+        status(&answer(server.post("/v1/echo", "", &format!("[\"{text}\",1]"))), 200);
+    }
+    let after = format!("[\"\\\\\"{}]", ",1".repeat(200));
+    status(&answer(server.post("/v1/echo", "", &after)), 413);
+}
+
+#[test]
+fn who_leaves_before_an_answer_is_counted() {
+    let server = Server::open(GateOptions::default());
+    let left = server.post("/v1/slow", "", "20000");
+    std::thread::sleep(Duration::from_millis(100));
+    drop(left);
+    std::thread::sleep(Duration::from_millis(300));
+    let text = server.gate.metrics.text();
+    let line = "radapt_requests_total{route=\"/v1/slow\",status=\"499\",key=\"anonymous\"} 1";
+    assert!(text.lines().any(|found| found == line), "{text}");
+    assert!(text.contains("radapt_in_flight 0"), "{text}");
+}
+
 #[test]
 fn a_request_has_a_number_and_never_breaks_out_of_it() {
     let server = Server::open(GateOptions::default());

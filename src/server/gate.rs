@@ -25,6 +25,12 @@ use tracing::{Instrument, Span};
 use super::keys::{Key, KeyLimits, Keys};
 use super::metrics::{Answered, Metrics, Route};
 
+/// Bytes of the memory for bodies that a request takes before the first of its own has come.
+const FIRST_SHARE: usize = 64 << 10;
+
+/// In logs and counts: the asker was gone before there was an answer.
+const GONE: u16 = 499;
+
 /// The header with a request's number.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -43,6 +49,9 @@ pub struct GateOptions {
     pub body_time: Duration,
     /// The most bytes a body may have.
     pub max_body: usize,
+    /// The most values (numbers, texts, lists, ...) a JSON body may have: read, each takes far more
+    /// memory than the two bytes that it can be.
+    pub max_values: usize,
     /// The most bytes that bodies may have together.
     pub bodies: usize,
     /// Limits of whoever has none of their own: keys without, and everybody where there are no keys.
@@ -58,6 +67,7 @@ impl Default for GateOptions {
             request_time: Duration::from_secs(300),
             body_time: Duration::from_secs(30),
             max_body: 65 << 20,
+            max_values: 100_000,
             bodies: 1 << 30,
             limits: KeyLimits::default(),
         }
@@ -129,37 +139,61 @@ impl Gate {
     }
 
     /// The body, whole, and its share of the memory for bodies.
+    ///
+    /// The share grows with what has arrived: a sender who only says that much will come takes no room
+    /// from the others.
     async fn body(&self, body: Body) -> Result<(Bytes, OwnedSemaphorePermit), Response> {
         let most = self.options.max_body;
-        let size = body.size_hint();
-        let expected = usize::try_from(size.upper().unwrap_or(u64::MAX)).unwrap_or(usize::MAX).min(most);
-        if size.lower() > most as u64 {
+        if body.size_hint().lower() > most as u64 {
             self.metrics.turn_away("body");
             return Err(too_large(most));
         }
-        let share = u32::try_from(expected.div_ceil(1024).max(1)).unwrap_or(u32::MAX);
-        let waited =
-            tokio::time::timeout(self.options.queue_time, self.bodies.clone().acquire_many_owned(share));
-        let Ok(Ok(share)) = waited.await else {
-            self.metrics.turn_away("queue");
-            return Err(busy("too many bytes are on their way in", self.options.queue_time));
-        };
-        let read = tokio::time::timeout(self.options.body_time, Limited::new(body, most).collect());
-        match read.await {
-            Ok(Ok(found)) => Ok((found.to_bytes(), share)),
-            Ok(Err(error)) if error.is::<LengthLimitError>() => {
-                self.metrics.turn_away("body");
-                Err(too_large(most))
+        let until = tokio::time::Instant::now() + self.options.body_time;
+        let mut body = Limited::new(body, most);
+        let mut share = self.room(FIRST_SHARE.min(most)).await?;
+        let mut found = Vec::new();
+        loop {
+            let frame = match tokio::time::timeout_at(until, body.frame()).await {
+                Ok(None) => break,
+                Ok(Some(Ok(frame))) => frame,
+                Ok(Some(Err(error))) => {
+                    self.metrics.turn_away("body");
+                    return Err(match error.is::<LengthLimitError>() {
+                        true => too_large(most),
+                        false => refuse(StatusCode::BAD_REQUEST, "the request's body broke off", "bad_body"),
+                    });
+                }
+                Err(_) => {
+                    self.metrics.turn_away("body");
+                    let seconds = self.options.body_time.as_secs();
+                    let message = format!("the request's body took longer than {seconds} seconds");
+                    return Err(refuse(StatusCode::REQUEST_TIMEOUT, &message, "body_timeout"));
+                }
+            };
+            let Ok(data) = frame.into_data() else { continue };
+            let (has, needs) = (share.num_permits() << 10, found.len() + data.len());
+            if needs > has {
+                share.merge(self.room((has * 2).clamp(needs, most.max(needs)) - has).await?);
             }
-            Ok(Err(_)) => {
-                self.metrics.turn_away("body");
-                Err(refuse(StatusCode::BAD_REQUEST, "the request's body broke off", "bad_body"))
-            }
-            Err(_) => {
-                self.metrics.turn_away("body");
-                let seconds = self.options.body_time.as_secs();
-                let message = format!("the request's body took longer than {seconds} seconds");
-                Err(refuse(StatusCode::REQUEST_TIMEOUT, &message, "body_timeout"))
+            found.extend_from_slice(&data);
+        }
+        if has_more_values(&found, self.options.max_values) {
+            self.metrics.turn_away("body");
+            let message = format!("the request's body has more than {} values", self.options.max_values);
+            return Err(refuse(StatusCode::PAYLOAD_TOO_LARGE, &message, "body_too_large"));
+        }
+        Ok((found.into(), share))
+    }
+
+    /// Room for so many bytes of bodies.
+    async fn room(&self, bytes: usize) -> Result<OwnedSemaphorePermit, Response> {
+        let share = u32::try_from(bytes.div_ceil(1024).max(1)).unwrap_or(u32::MAX);
+        let room = self.bodies.clone().acquire_many_owned(share);
+        match tokio::time::timeout(self.options.queue_time, room).await {
+            Ok(Ok(share)) => Ok(share),
+            _ => {
+                self.metrics.turn_away("queue");
+                Err(busy("too many bytes are on their way in", self.options.queue_time))
             }
         }
     }
@@ -238,6 +272,26 @@ impl Gate {
     }
 }
 
+/// Whether JSON has more than so many values, told by its commas and brackets before it is read.
+fn has_more_values(json: &[u8], most: usize) -> bool {
+    let (mut values, mut text, mut escaped) = (1_usize, false, false);
+    for byte in json {
+        match (text, byte) {
+            (true, _) if escaped => escaped = false,
+            (true, b'\\') => escaped = true,
+            (_, b'"') => text = !text,
+            (false, b',' | b'[' | b'{') => {
+                values += 1;
+                if values > most {
+                    return true;
+                }
+            }
+            _ => {}
+        }
+    }
+    false
+}
+
 /// The middleware that every request passes.
 pub async fn gate(State(gate): State<Arc<Gate>>, request: Request, next: Next) -> Response {
     let start = Instant::now();
@@ -259,6 +313,19 @@ pub async fn gate(State(gate): State<Arc<Gate>>, request: Request, next: Next) -
     super::traces::follow(&span, request.headers());
     let open = is_open(&route);
     let asker = if open { Some(gate.anonymous.clone()) } else { gate.asker(request.headers()) };
+    // Dropped with this future, it counts an asker that has left.
+    let mut done = Done {
+        span: span.clone(),
+        gate: gate.clone(),
+        id,
+        method,
+        route,
+        key: asker.as_ref().map_or_else(|| "none".into(), |asker| asker.name().to_string()),
+        status: GONE,
+        streamed: false,
+        start,
+        first: None,
+    };
     let mut response = match &asker {
         Some(_) if open => next.run(request).instrument(span.clone()).await,
         Some(asker) => gate.pass(request, next, asker).instrument(span.clone()).await,
@@ -270,24 +337,11 @@ pub async fn gate(State(gate): State<Arc<Gate>>, request: Request, next: Next) -
             response
         }
     };
-    if let Ok(value) = HeaderValue::from_str(&id) {
+    if let Ok(value) = HeaderValue::from_str(&done.id) {
         response.headers_mut().insert(REQUEST_ID, value);
     }
-    let key = asker.map_or_else(|| "none".into(), |asker| asker.name().to_string());
-    span.record("http.response.status_code", response.status().as_u16());
-    span.record("radapt.key", &key);
-    let done = Done {
-        _span: span,
-        gate: gate.clone(),
-        id,
-        method,
-        route,
-        key,
-        status: response.status(),
-        streamed: response.extensions().get::<Streamed>().is_some(),
-        start,
-        first: None,
-    };
+    done.status = response.status().as_u16();
+    done.streamed = response.extensions().get::<Streamed>().is_some();
     let (parts, body) = response.into_parts();
     Response::from_parts(parts, Body::new(Logged { body, done }))
 }
@@ -402,13 +456,13 @@ impl http_body::Body for Timed {
 /// What is said of a request when its answer is out, or its reader gone.
 struct Done {
     /// It ends with the answer.
-    _span: Span,
+    span: Span,
     gate: Arc<Gate>,
     id: String,
     method: Method,
     route: String,
     key: String,
-    status: StatusCode,
+    status: u16,
     streamed: bool,
     start: Instant,
     first: Option<Duration>,
@@ -449,8 +503,10 @@ impl Drop for Done {
         let seconds = self.start.elapsed().as_secs_f64();
         let metrics = &self.gate.metrics;
         let (route, key) = (self.route.clone(), self.key.clone());
+        self.span.record("http.response.status_code", self.status);
+        self.span.record("radapt.key", &key);
         metrics.seconds.get_or_create(&Route { route: route.clone() }).observe(seconds);
-        metrics.requests.get_or_create(&Answered { route, status: self.status.as_u16(), key }).inc();
+        metrics.requests.get_or_create(&Answered { route, status: self.status, key }).inc();
         if let Some(first) = self.first {
             metrics.first_piece.observe(first.as_secs_f64());
         }
@@ -460,7 +516,7 @@ impl Drop for Done {
             id = %self.id,
             method = %self.method,
             route = %self.route,
-            status = self.status.as_u16(),
+            status = self.status,
             key = %self.key,
             seconds = format!("{seconds:.3}"),
         );

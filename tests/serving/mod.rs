@@ -16,12 +16,20 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts `radapt serve` with these flags, on a free port.
+    /// Starts `radapt serve` with these flags, on a free port: this build's, or the binary that
+    /// `RADAPT_TEST_BINARY` names.
     pub fn start(flags: &[&str]) -> Self {
+        Self::start_with(flags, &[])
+    }
+
+    /// The same with variables of its environment.
+    pub fn start_with(flags: &[&str], variables: &[(&str, String)]) -> Self {
         let log = tempfile::NamedTempFile::new().expect("a file");
-        let mut child = Command::new(env!("CARGO_BIN_EXE_radapt"))
+        let binary = std::env::var_os("RADAPT_TEST_BINARY").unwrap_or(env!("CARGO_BIN_EXE_radapt").into());
+        let mut child = Command::new(binary)
             .args(["serve", "--addr", "127.0.0.1:0", "--json"])
             .args(flags)
+            .envs(variables.iter().map(|(name, value)| (name, value)))
             .stdout(Stdio::piped())
             .stderr(log.reopen().expect("the file"))
             .spawn()
@@ -32,6 +40,11 @@ impl Server {
         let started: Value = serde_json::from_str(&line).unwrap_or_else(|e| panic!("{e}: {}", server.log()));
         server.address = started["address"].as_str().expect("an address").to_string();
         server
+    }
+
+    /// Its process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// What it has said on stderr.
