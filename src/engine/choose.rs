@@ -10,11 +10,11 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Device, Tensor};
-use mistralrs_core::CustomLogitsProcessor;
 use mistralrs_core::llguidance::{Matcher, ParserFactory};
+use mistralrs_core::{CustomLogitsProcessor, Response};
 use rand_chacha::ChaCha12Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
-use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::mpsc::{Receiver, UnboundedSender};
 
 use crate::Error;
 
@@ -56,6 +56,8 @@ pub(super) enum Step {
     Token(Token, Option<Vec<f32>>, Option<Finish>),
     /// The answer cannot go on.
     Failed(Error),
+    /// mistral.rs has ended it by itself.
+    Over,
 }
 
 /// Why an answer ended.
@@ -82,6 +84,9 @@ pub(super) struct Plan {
     pub choice: u64,
     pub top_logprobs: Option<usize>,
     pub trace: bool,
+    /// Tell of the steps when the answer is over, all at once: every telling wakes a thread, which for
+    /// a small model takes as long as a token.
+    pub whole: bool,
     pub max_tokens: usize,
     /// The model's end tokens.
     pub ends: Arc<[u32]>,
@@ -95,33 +100,57 @@ pub(super) struct Chooser {
     plan: Plan,
     steps: UnboundedSender<Step>,
     state: Mutex<State>,
+    /// Kept as long as mistral.rs may answer: it takes an answer that nobody can receive for a failure
+    /// of all conversations in the batch.
+    _responses: Arc<Responses>,
 }
+
+/// What mistral.rs answers.
+pub(super) type Responses = tokio::sync::Mutex<Receiver<Response>>;
 
 struct State {
     prompt: Option<usize>,
     counts: HashMap<u32, u32>,
     grammar: Option<Matcher>,
+    /// Steps not told yet.
+    held: Vec<Step>,
     /// Whether the answer is over; mistral.rs may still ask once.
     over: bool,
 }
 
 impl Chooser {
-    pub fn new(plan: Plan, grammar: Option<Matcher>, steps: UnboundedSender<Step>) -> Self {
-        let state = State { prompt: None, counts: HashMap::new(), grammar, over: false };
-        Self { plan, steps, state: Mutex::new(state) }
+    pub fn new(
+        plan: Plan,
+        grammar: Option<Matcher>,
+        steps: UnboundedSender<Step>,
+        responses: Arc<Responses>,
+    ) -> Self {
+        let state = State { prompt: None, counts: HashMap::new(), grammar, held: Vec::new(), over: false };
+        Self { plan, steps, state: Mutex::new(state), _responses: responses }
     }
 
-    /// The next token, or why there is none.
-    fn next(&self, row: &[f32], context: &[u32]) -> Result<u32, Option<Error>> {
+    /// Tells of a step, or keeps it until the answer is over.
+    fn tell(&self, state: &mut State, step: Step) {
+        state.held.push(step);
+        if state.over || !self.plan.whole {
+            // Whoever does not listen any more is noticed at the next token.
+            for step in state.held.drain(..) {
+                let _ = self.steps.send(step);
+            }
+        }
+    }
+
+    /// The next token; `None` if the answer is over or cannot go on.
+    fn next(&self, row: &[f32], context: &[u32]) -> Option<u32> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if state.over || self.steps.is_closed() {
-            return Err(None);
+            return None;
         }
         let prompt = match state.prompt {
             Some(prompt) => prompt,
             None => {
                 state.prompt = Some(context.len());
-                let _ = self.steps.send(Step::Prompt(context.to_vec()));
+                self.tell(&mut state, Step::Prompt(context.to_vec()));
                 context.len()
             }
         };
@@ -130,7 +159,8 @@ impl Chooser {
             Ok(id) => id,
             Err(error) => {
                 state.over = true;
-                return Err(Some(error));
+                self.tell(&mut state, Step::Failed(error));
+                return None;
             }
         };
         let ends = self.plan.ends.contains(&id);
@@ -143,15 +173,14 @@ impl Chooser {
         };
         state.over = finish.is_some();
         *state.counts.entry(id).or_default() += 1;
-        drop(state);
         let (logprob, top) = match self.plan.top_logprobs {
             None => (0.0, Vec::new()),
             Some(most) => self.logprobs(row, id, most),
         };
         let token = Token { id, bytes: self.bytes(id), logprob, top, ends };
         let trace = self.plan.trace.then(|| row.to_vec());
-        let _ = self.steps.send(Step::Token(token, trace, finish));
-        Ok(id)
+        self.tell(&mut state, Step::Token(token, trace, finish));
+        Some(id)
     }
 
     fn choose(&self, row: &[f32], step: usize, state: &mut State) -> Result<u32, Error> {
@@ -274,12 +303,8 @@ impl CustomLogitsProcessor for Chooser {
         let row = logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         // Never an error: mistral.rs would drop a token of every other conversation in the batch.
         // An end token instead ends this one.
-        let id = self.next(&row, context).unwrap_or_else(|error| {
-            if let Some(error) = error {
-                let _ = self.steps.send(Step::Failed(error));
-            }
-            self.plan.ends.first().copied().unwrap_or_default()
-        });
+        let end = || self.plan.ends.first().copied().unwrap_or_default();
+        let id = self.next(&row, context).unwrap_or_else(end);
         let mut only = vec![f32::NEG_INFINITY; row.len()];
         if let Some(logit) = only.get_mut(id as usize) {
             *logit = 0.0;

@@ -9,9 +9,9 @@ use mistralrs_core::{
     TokenizationRequest, ToolChoice, ToolType,
 };
 use serde_json::{Value, json};
-use tokio::sync::mpsc::{Receiver, UnboundedReceiver, channel, unbounded_channel};
+use tokio::sync::mpsc::{UnboundedReceiver, channel, unbounded_channel};
 
-use super::choose::{Chooser, Finish, Plan, Step, Token};
+use super::choose::{Chooser, Finish, Plan, Responses, Step, Token};
 use super::grammar::Grammar;
 use super::text::{Shown, Text, Thoughts};
 use super::tools::{Call, Tool, in_words};
@@ -107,6 +107,9 @@ pub struct Sampling {
     pub top_logprobs: Option<usize>,
     /// Keep the prompt's token ids and each step's logits.
     pub trace: bool,
+    /// Nobody reads along: the pieces come when the answer is over, which costs less. Without effect
+    /// where a stop text may end it.
+    pub whole: bool,
 }
 
 /// A complete answer.
@@ -153,7 +156,8 @@ impl Engine {
     /// # Errors
     /// If there are more pictures than the model takes, or generation fails.
     pub async fn answer(&self, turns: &[Turn], sampling: &Sampling) -> Result<Answer> {
-        let mut pieces = std::pin::pin!(self.stream(turns, sampling).await?);
+        let sampling = Sampling { whole: true, ..sampling.clone() };
+        let mut pieces = std::pin::pin!(self.stream(turns, &sampling).await?);
         let mut answer = Answer {
             text: String::new(),
             finish_reason: String::new(),
@@ -202,7 +206,7 @@ impl Engine {
         tools: &[Tool],
         sampling: &Sampling,
     ) -> Result<impl Stream<Item = Result<Piece>> + Send + use<>> {
-        let (mut steps, mut responses) = self.send(turns, tools, sampling).await?;
+        let (mut steps, responses) = self.send(turns, tools, sampling).await?;
         let (vocabulary, thinks) = (
             self.vocabulary.clone(),
             self.manner.thinks && sampling.grammar.as_ref().is_none_or(|grammar| grammar.free),
@@ -213,8 +217,9 @@ impl Engine {
             let (mut prompt, mut count) = (0, 0);
             let mut next = Piece::default();
             loop {
-                let (token, logits, finish) = match receive(&mut steps, &mut responses).await {
-                    Ok(Step::Token(token, logits, finish)) => (token, logits, finish),
+                let (token, logits, finish) = match receive(&mut steps, &responses).await {
+                    Ok(Step::Token(token, logits, finish)) => (Some(token), logits, finish),
+                    Ok(Step::Over) => (None, None, Some(Finish::Stop)),
                     Ok(Step::Prompt(ids)) => {
                         prompt = ids.len();
                         let tail = vocabulary.tok_env().tok_trie().decode_ext(&ids[prompt.saturating_sub(8)..], true);
@@ -227,9 +232,9 @@ impl Engine {
                         return;
                     }
                 };
-                count += 1;
+                count += usize::from(token.is_some());
                 next.logits.extend(logits);
-                let mut shown = text.push(token);
+                let mut shown = token.map(|token| text.push(token)).unwrap_or_default();
                 let mut finish = finish;
                 if shown.stopped {
                     finish = Some(Finish::Stop);
@@ -258,7 +263,7 @@ impl Engine {
         turns: &[Turn],
         tools: &[Tool],
         sampling: &Sampling,
-    ) -> Result<(UnboundedReceiver<Step>, Receiver<Response>)> {
+    ) -> Result<(UnboundedReceiver<Step>, Arc<Responses>)> {
         // The marker stands for a picture; as text it would be taken for one.
         let markers = if self.model().kind.is_qwen() { &qwen::MARKERS[..] } else { &["<image>"] };
         let told = tools.iter().map(|tool| format!("{tool:?}")).collect::<Vec<_>>();
@@ -290,9 +295,9 @@ impl Engine {
                 reasoning_effort: None,
             }
         };
-        // Room for a piece per token: the engine waits on a full channel, and with it every other
-        // conversation would wait for one slow reader.
-        let (responder, responses) = channel(sampling.max_tokens.saturating_add(16).min(1 << 16));
+        // There is one, at the end or in place of an answer; tokens are told by our sampler.
+        let (responder, responses) = channel(4);
+        let responses = Arc::new(Responses::new(responses));
         let (told, steps) = unbounded_channel();
         let seed = sampling.seed.unwrap_or_else(|| uuid::Uuid::new_v4().as_u64_pair().0);
         let plan = Plan {
@@ -306,12 +311,14 @@ impl Engine {
             choice: sampling.choice,
             top_logprobs: sampling.top_logprobs,
             trace: sampling.trace,
+            whole: sampling.whole && sampling.stop.is_empty(),
             max_tokens: sampling.max_tokens,
             ends: self.ends.clone(),
             positions: self.positions,
             vocabulary: self.vocabulary.clone(),
         };
-        let chooser = Chooser::new(plan, sampling.grammar.as_ref().map(Grammar::matcher), told);
+        let grammar = sampling.grammar.as_ref().map(Grammar::matcher);
+        let chooser = Chooser::new(plan, grammar, told, responses.clone());
         let request = NormalRequest {
             messages,
             sampling_params: SamplingParams {
@@ -322,8 +329,8 @@ impl Engine {
             },
             response: responder,
             return_logprobs: false,
-            // So that it notices when nobody listens any more.
-            is_streaming: true,
+            // The sampler notices when nobody listens any more.
+            is_streaming: false,
             id: self.runner.next_request_id(),
             constraint: Constraint::None,
             suffix: None,
@@ -423,27 +430,17 @@ fn declared(tool: &Tool) -> mistralrs_core::Tool {
 }
 
 /// The sampler's next word, or why there is none.
-async fn receive(steps: &mut UnboundedReceiver<Step>, responses: &mut Receiver<Response>) -> Result<Step> {
-    loop {
-        tokio::select! {
-            biased;
-            step = steps.recv() => match step {
-                Some(step) => return Ok(step),
-                None => break,
-            },
-            response = responses.recv() => match response {
-                Some(Response::Chunk(_)) => {}
-                Some(other) => return Err(failure(other)),
-                None => return steps.recv().await.ok_or_else(stopped),
-            },
-        }
-    }
-    loop {
-        match responses.recv().await {
-            Some(Response::Chunk(_)) => {}
-            Some(other) => return Err(failure(other)),
-            None => return Err(stopped()),
-        }
+async fn receive(steps: &mut UnboundedReceiver<Step>, responses: &Responses) -> Result<Step> {
+    // Nobody else waits for it.
+    let mut responses = responses.lock().await;
+    tokio::select! {
+        biased;
+        Some(step) = steps.recv() => Ok(step),
+        response = responses.recv() => match response {
+            Some(Response::Done(_)) => Ok(steps.try_recv().unwrap_or(Step::Over)),
+            Some(other) => Err(failure(other)),
+            None => steps.try_recv().map_err(|_| stopped()),
+        },
     }
 }
 

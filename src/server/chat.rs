@@ -214,7 +214,8 @@ impl Asked {
             hold => hold,
         };
         Ok(Self {
-            sampling: sampling(request, served)?,
+            // An answer with calls may end before its text does.
+            sampling: Sampling { whole: !stream && calls.is_none(), ..sampling(request, served)? },
             n,
             tools,
             hold,

@@ -107,6 +107,7 @@ pub async fn create(
         max_tokens: max_tokens(request.max_output_tokens, "max_output_tokens", &served)?,
         temperature: Some(temperature(request.temperature)?),
         top_p: top_p(request.top_p)?,
+        whole: !request.stream.unwrap_or(false),
         ..Sampling::default()
     };
     let (turns, seen) = turns(&request, &served).await?;
