@@ -805,7 +805,7 @@ fn messages() -> Vec<(String, Vec<u8>, Expected)> {
         "/.git/config",
         "/cgi-bin/%%32%65%%32%65/bin/sh",
         "/\\..\\..\\windows\\win.ini",
-        "http://127.0.0.1:22/",
+        "http://127.0.0.1:22/inside",
         "http://169.254.169.254/latest/meta-data/",
         "/v1/chat/completions",
     ] {
