@@ -129,10 +129,11 @@ impl Chooser {
         Self { plan, steps, state: Mutex::new(state), _responses: responses }
     }
 
-    /// Tells of a step, or keeps it until the answer is over.
+    /// Tells of a step, or keeps it until the answer is over; the prompt goes with the first token.
     fn tell(&self, state: &mut State, step: Step) {
+        let waits = self.plan.whole || matches!(step, Step::Prompt(_));
         state.held.push(step);
-        if state.over || !self.plan.whole {
+        if state.over || !waits {
             // Whoever does not listen any more is noticed at the next token.
             for step in state.held.drain(..) {
                 let _ = self.steps.send(step);
