@@ -263,10 +263,10 @@ impl Findings for Attention {
             format!("{} First {} drawn.", pictures(data), self.drawn.len()),
             "How much of its attention the class token of block 1 gives to each patch, mean over the heads."
                 .to_string(),
-            "Each map has its own scale, from none to its largest weight, which is given below it."
+            "Each map has its own scale, from none to its largest weight, which is given below it (max), with the \
+             class token's weight on itself (own)."
                 .to_string(),
         ];
-        let top = Figure::top(lines.len()) + 26.0;
         let mut columns: Vec<(String, Which, Option<usize>)> = Vec::new();
         for which in [Which::Standard, Which::Robust] {
             columns.push((format!("{which} tower"), which, None));
@@ -275,12 +275,11 @@ impl Findings for Attention {
         let row_height = SIDE + 40.0;
         let across = LEFT + (SIDE + APART) * (columns.len() + 1) as f64;
         let rows = self.drawn.len().max(1) as f64;
-        let mut figure = Figure::new(
-            (across + 110.0).max(640.0),
-            top + row_height * rows + 10.0,
-            "Where the first block looks",
-            &lines,
-        );
+        let width = (across + 110.0).max(640.0);
+        let lines = Figure::wrap(width, &lines);
+        let top = Figure::top(lines.len()) + 26.0;
+        let mut figure =
+            Figure::new(width, top + row_height * rows + 10.0, "Where the first block looks", &lines);
         figure.bold((LEFT, top - 10.0), Anchor::Start, "picture");
         for (i, (name, ..)) in columns.iter().enumerate() {
             figure.bold((LEFT + (SIDE + APART) * (i + 1) as f64, top - 10.0), Anchor::Start, name);
@@ -312,8 +311,8 @@ impl Findings for Attention {
                 }
                 figure.raw("</g>\n");
                 let text = match head {
-                    None => format!("largest {:.1} %, itself {:.1} %", 100.0 * most, 100.0 * seen.class),
-                    Some(_) => format!("largest {:.1} %", 100.0 * most),
+                    None => format!("max {:.1} %, own {:.1} %", 100.0 * most, 100.0 * seen.class),
+                    Some(_) => format!("max {:.1} %", 100.0 * most),
                 };
                 figure.text((x, y + SIDE + 16.0), Anchor::Start, &text);
             }

@@ -10,7 +10,7 @@ use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::plot::{Figure, HeatMap, MARGIN, Scale, colour_bar};
+use super::plot::{Figure, HeatMap, MARGIN, Scale, below, colour_bar};
 use super::{Data, Failed, Findings, Pair, Sample, Tokens, Which, csv, names, pictures, run};
 use crate::attack::picture_rng;
 use crate::tower::{VisionTower, Want};
@@ -283,7 +283,7 @@ pub fn cka(
                 |&item: &usize| Failed { id: sample.set.items()[item].id.clone(), reason: reason.clone() };
             small.extend(items.iter().map(fail));
         }
-        if exact_left_out.is_none() {
+        if exact_left_out.is_none() && items.len() >= SMALLEST {
             kept.iter_mut().zip(features).for_each(|(all, part)| all.push(part));
         }
         told(done);
@@ -364,12 +364,13 @@ impl Findings for Cka {
             "Left: had the fine-tuning changed nothing, it would look like the right one, bright on the diagonal."
                 .to_string(),
         ];
-        let top = Figure::top(lines.len()) + MARGIN[1];
         let second = MARGIN[0] + side + MARGIN[0] + 10.0;
         let width = (second + side + 120.0).max(820.0);
+        let lines = Figure::wrap(width, &lines);
+        let top = Figure::top(lines.len()) + MARGIN[1];
         let mut figure = Figure::new(
             width,
-            top + side + MARGIN[2] + 8.0,
+            top + side + below(&self.layers),
             "How alike the layers of the two towers are (CKA)",
             &lines,
         );

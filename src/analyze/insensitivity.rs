@@ -5,7 +5,7 @@
 use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
-use super::plot::{Anchor, Figure, HeatMap, MARGIN, Scale, colour_bar};
+use super::plot::{Anchor, Figure, HeatMap, MARGIN, Scale, below, colour_bar};
 use super::{
     Data, Failed, Findings, Pair, Sample, Tokens, Which, Z, csv, mean_interval, names, pictures, run,
 };
@@ -189,14 +189,15 @@ impl Findings for Insensitivity {
             "1: the output is the same whatever is seen (input-insensitive); 0: nothing is shared."
                 .to_string(),
         ];
-        let top = Figure::top(lines.len()) + MARGIN[1];
         let side = 2.0 * CELL;
         let second = 2.0 * MARGIN[0] + side + 20.0;
         let title = "Does the first attention depend on the picture?";
         let width = second + side + 130.0;
-        let mut figure = Figure::new(width, top + side + MARGIN[2] + 8.0, title, &lines);
+        let lines = Figure::wrap(width, &lines);
+        let top = Figure::top(lines.len()) + MARGIN[1];
         let which = [Which::Standard, Which::Robust];
         let labels = which.map(|which| which.to_string());
+        let mut figure = Figure::new(width, top + side + below(&labels), title, &lines);
         let least =
             self.lists().iter().flat_map(|(_, list)| list.iter()).fold(0.0, |a: f64, c| a.min(c.value));
         let scale = Scale::Sequential(least, 1.0);

@@ -56,6 +56,27 @@ impl Figure {
         50.0 + 16.0 * lines as f64
     }
 
+    /// Lines broken at blanks so that they fit into a figure of this width.
+    pub(super) fn wrap(width: f64, lines: &[String]) -> Vec<String> {
+        // What a character of common fonts takes at most on average.
+        let most = ((width - 40.0) / 6.4).max(20.0) as usize;
+        let mut wrapped = Vec::new();
+        for line in lines {
+            let mut now = String::new();
+            for word in line.split(' ') {
+                if !now.is_empty() && now.chars().count() + 1 + word.chars().count() > most {
+                    wrapped.push(std::mem::take(&mut now));
+                }
+                if !now.is_empty() {
+                    now.push(' ');
+                }
+                now += word;
+            }
+            wrapped.push(now);
+        }
+        wrapped
+    }
+
     pub(super) fn text(&mut self, (x, y): (f64, f64), anchor: Anchor, text: &str) {
         self.body += &format!(
             "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{}\" fill=\"{GREY}\">{}</text>\n",
@@ -190,8 +211,19 @@ pub(super) struct HeatMap<'a> {
     pub digits: usize,
 }
 
-/// Room that a heat map needs beside its cells: left, top, and below.
-pub(super) const MARGIN: [f64; 3] = [96.0, 26.0, 86.0];
+/// Room that a heat map needs beside its cells: left, and above.
+pub(super) const MARGIN: [f64; 2] = [96.0, 26.0];
+
+/// How far turned labels below an axis reach down.
+fn drop(labels: &[String]) -> f64 {
+    let longest = labels.iter().map(|label| label.chars().count()).max().unwrap_or(0);
+    14.0 + 4.8 * longest as f64
+}
+
+/// Room that a heat map or a chart needs below, for its labels and the name of the axis.
+pub(super) fn below(labels: &[String]) -> f64 {
+    drop(labels) + 40.0
+}
 
 impl HeatMap<'_> {
     /// Draws it with the upper left corner of its cells at a point, and returns the lower right one.
@@ -212,7 +244,7 @@ impl HeatMap<'_> {
                 let column = self.columns.get(j).map_or("", String::as_str);
                 let label = format!("{name}, {column}: {number}");
                 figure.rect(corner, (cell, cell), &self.scale.colour(*value), &label);
-                if cell >= 30.0 && value.is_some() {
+                if cell >= 2.0 + 6.5 * number.len() as f64 && value.is_some() {
                     figure.raw(&format!(
                         "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\" font-size=\"11\" fill=\"{}\">\
                          {number}</text>\n",
@@ -228,7 +260,7 @@ impl HeatMap<'_> {
             figure.turned(at, -45.0, Anchor::End, name);
         }
         figure.turned((x - 82.0, y + height / 2.0), -90.0, Anchor::Middle, self.axes[0]);
-        figure.text((x + width / 2.0, y + height + 74.0), Anchor::Middle, self.axes[1]);
+        figure.text((x + width / 2.0, y + height + drop(self.columns) + 20.0), Anchor::Middle, self.axes[1]);
         (x + width, y + height)
     }
 }
@@ -244,6 +276,7 @@ pub(super) fn colour_bar(
 ) {
     const STEPS: usize = 64;
     let (low, high) = scale.ends();
+    figure.raw("<g shape-rendering=\"crispEdges\">\n");
     for i in 0..STEPS {
         let value = high - (high - low) * (i as f64 + 0.5) / STEPS as f64;
         let top = y + height * i as f64 / STEPS as f64;
@@ -254,12 +287,15 @@ pub(super) fn colour_bar(
             scale.colour(Some(value))
         ));
     }
+    figure.raw("</g>\n");
+    let mut longest = 0;
     for i in 0..=4 {
         let share = f64::from(i) / 4.0;
-        let value = high - (high - low) * share;
-        figure.text((x + 20.0, y + height * share + 4.0), Anchor::Start, &format!("{value:.digits$}"));
+        let number = format!("{:.digits$}", high - (high - low) * share);
+        longest = longest.max(number.len());
+        figure.text((x + 20.0, y + height * share + 4.0), Anchor::Start, &number);
     }
-    figure.turned((x + 72.0, y + height / 2.0), -90.0, Anchor::Middle, meaning);
+    figure.turned((x + 42.0 + 6.8 * longest as f64, y + height / 2.0), -90.0, Anchor::Middle, meaning);
 }
 
 /// A number with its interval.
@@ -302,17 +338,17 @@ impl Chart<'_> {
     /// Draws it with the upper left corner of its area at a point.
     pub(super) fn draw(&self, figure: &mut Figure, (x, y): (f64, f64)) {
         let (width, height) = chart_size(self.places.len(), self.bars);
-        let (low, high) = self.range;
-        let span = if high > low { high - low } else { 1.0 };
+        let (low, high, step_up) = rounded(self.range);
+        let span = high - low;
         let up = |value: f64| y + height * (1.0 - (value.clamp(low, high) - low) / span);
         let step = width / self.places.len().max(1) as f64;
         let at = |place: usize| x + step * (place as f64 + 0.5);
         figure.bold((x, y - 34.0), Anchor::Start, self.title);
-        for i in 0..=4 {
-            let value = low + span * f64::from(i) / 4.0;
+        for i in 0..=(span / step_up).round() as usize {
+            let value = low + step_up * i as f64;
             let line = up(value);
             figure.raw(&format!("<path d=\"M{x:.1} {line:.1}h{width:.1}\" stroke=\"#dddddd\"/>\n"));
-            let digits = usize::from(span < 20.0);
+            let digits = if step_up.fract() == 0.0 { 0 } else { 1 };
             figure.text((x - 6.0, line + 4.0), Anchor::End, &format!("{value:.digits$}"));
         }
         if low < 0.0 && high > 0.0 {
@@ -324,7 +360,7 @@ impl Chart<'_> {
             figure.raw(&format!("<path d=\"M{middle:.1} {:.1}v5\" stroke=\"{GREY}\"/>\n", y + height));
             figure.turned((middle + 4.0, y + height + 16.0), -45.0, Anchor::End, name);
         }
-        figure.text((x + width / 2.0, y + height + 82.0), Anchor::Middle, self.across);
+        figure.text((x + width / 2.0, y + height + drop(self.places) + 26.0), Anchor::Middle, self.across);
         let mut key = x;
         for (s, series) in self.series.iter().enumerate() {
             let (colour, dash) = (COLOURS[s % COLOURS.len()], DASHES[s % DASHES.len()]);
@@ -385,6 +421,18 @@ impl Chart<'_> {
     }
 }
 
+/// Ends of an axis that hold a range, and the step of its numbers, which are round.
+fn rounded((low, high): (f64, f64)) -> (f64, f64, f64) {
+    let span = if high > low { high - low } else { 1.0 };
+    let power = 10f64.powf((span / 4.0).log10().floor());
+    let step =
+        [1.0, 2.0, 2.5, 5.0, 10.0].iter().map(|s| s * power).find(|s| 5.0 * s >= span).unwrap_or(power);
+    // Numbers have at most one digit behind the point.
+    let step = step.max(0.1);
+    let (first, last) = ((low / step).floor() * step, (high / step).ceil() * step);
+    (first, if last > first { last } else { first + step }, step)
+}
+
 fn whisker(x: f64, low: f64, high: f64, colour: &str) -> String {
     format!(
         "<path d=\"M{x:.1} {low:.1}V{high:.1}M{a:.1} {low:.1}h4M{a:.1} {high:.1}h4\" stroke=\"{colour}\"/>",
@@ -406,6 +454,21 @@ mod tests {
         assert_eq!(Scale::Diverging(3.0).colour(Some(0.0)), "#f7f7f7");
         // A map that is the same everywhere.
         assert_eq!(Scale::Diverging(0.0).colour(Some(0.0)), "#f7f7f7");
+    }
+
+    #[test]
+    fn axes_have_round_numbers_and_hold_their_range() {
+        assert_eq!(rounded((0.0, 100.0)), (0.0, 100.0, 20.0));
+        assert_eq!(rounded((-12.2, 9.6)), (-15.0, 10.0, 5.0));
+        let (low, high, step) = rounded((0.0, 0.0));
+        assert!(low < high && step > 0.0);
+    }
+
+    #[test]
+    fn lines_are_broken_at_blanks() {
+        let lines = Figure::wrap(200.0, &["one two three four five six seven".into()]);
+        assert!(lines.len() > 1 && lines.iter().all(|line| line.len() <= 25), "{lines:?}");
+        assert_eq!(lines.join(" "), "one two three four five six seven");
     }
 
     #[test]

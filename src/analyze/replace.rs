@@ -8,7 +8,7 @@
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::plot::{Chart, Figure, Point, Series, chart_size};
+use super::plot::{Chart, Figure, Point, Series, below, chart_size};
 use super::{Data, Findings, Pair, Side, csv, names};
 use crate::attack::{Subject, ThreatKind};
 use crate::eval::{Row, Summary};
@@ -204,15 +204,17 @@ impl Findings for Replace {
         ];
         const LEFT: f64 = 70.0;
         let (width, height) = chart_size(self.stages.len(), false);
-        let top = Figure::top(lines.len()) + 40.0;
-        let row = height + 150.0;
+        let places: Vec<String> = self.stages.iter().map(|stage| stage.name.clone()).collect();
+        let wide = (LEFT + width + 30.0).max(720.0);
+        let lines = Figure::wrap(wide, &lines);
+        let top = Figure::top(lines.len()) + 52.0;
+        let row = height + below(&places) + 62.0;
         let mut figure = Figure::new(
-            (LEFT + width + 30.0).max(720.0),
+            wide,
             top + row * self.sets.len().max(1) as f64 - 50.0,
             "Which part brings the robustness? Replacing one after the other",
             &lines,
         );
-        let places: Vec<String> = self.stages.iter().map(|stage| stage.name.clone()).collect();
         for (i, set) in self.sets.iter().enumerate() {
             let series: Vec<Series> = COLUMNS
                 .iter()

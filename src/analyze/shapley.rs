@@ -15,7 +15,7 @@ use candle_core::{DType, Tensor};
 use rand_chacha::rand_core::RngCore;
 use serde::{Deserialize, Serialize};
 
-use super::plot::{Chart, Figure, Point, Series, chart_size};
+use super::plot::{Chart, Figure, Point, Series, below, chart_size};
 use super::{Data, Failed, Findings, Pair, Sample, Side, Which, Z, csv, names, pictures, run};
 use crate::attack::{
     Attack, Classification, Eps, Pictures, Progress, Subject, Threat, ThreatKind, TowerClassifier, key,
@@ -489,11 +489,14 @@ impl Findings for Shapley {
                 .join(" "),
         ];
         const LEFT: f64 = 70.0;
-        let top = Figure::top(lines.len()) + 44.0;
         let (width, height) = chart_size(self.heads, true);
+        let wide = (LEFT + width + 30.0).max(760.0);
+        let lines = Figure::wrap(wide, &lines);
+        let top = Figure::top(lines.len()) + 52.0;
+        let places: Vec<String> = (1..=self.heads).map(|head| format!("head {head}")).collect();
         let mut figure = Figure::new(
-            (LEFT + width + 30.0).max(760.0),
-            top + height + 100.0,
+            wide,
+            top + height + below(&places) + 10.0,
             "What each head of the first block brings",
             &lines,
         );
@@ -509,12 +512,11 @@ impl Findings for Shapley {
                 Series { name, points: kind.heads.iter().map(point).collect() }
             })
             .collect();
-        let places: Vec<String> = (1..=self.heads).map(|head| format!("head {head}")).collect();
         let chart = Chart {
             title: "Shapley values",
             places: &places,
             series: &series,
-            range: (low.floor(), high.ceil()),
+            range: (low, high),
             measure: "points of percent right",
             across: "head of the first block",
             bars: true,

@@ -9,7 +9,7 @@ use std::f64::consts::TAU;
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use super::plot::{Figure, HeatMap, MARGIN, Scale, colour_bar};
+use super::plot::{Figure, HeatMap, MARGIN, Scale, below, colour_bar};
 use super::{Data, Findings, Pair, csv, names};
 use crate::{Error, Result};
 
@@ -21,10 +21,10 @@ pub struct Spectrum {
     /// The frequency of each row and column, in cycles per patch: 0 at place P / 2, rounded down.
     pub frequencies: Vec<i64>,
     /// Mean magnitude of the standard tower's kernels, P rows of P; vertical frequency down.
-    pub standard: Vec<Vec<f64>>,
+    pub standard_magnitude: Vec<Vec<f64>>,
     /// The same of the robust tower's.
-    pub robust: Vec<Vec<f64>>,
-    /// `robust` less `standard`.
+    pub robust_magnitude: Vec<Vec<f64>>,
+    /// The robust tower's less the standard one's.
     pub shift: Vec<Vec<f64>>,
     /// The same by distance from frequency 0, in rings one cycle wide.
     pub rings: Vec<Ring>,
@@ -126,7 +126,7 @@ pub fn spectrum(pair: &Pair) -> Result<Spectrum> {
         Ring { radius, standard, robust, shift, relative: (standard > 0.0).then(|| shift / standard) }
     });
     let rings = rings.collect();
-    Ok(Spectrum { patch, frequencies, standard, robust, shift, rings })
+    Ok(Spectrum { patch, frequencies, standard_magnitude: standard, robust_magnitude: robust, shift, rings })
 }
 
 impl Findings for Spectrum {
@@ -137,7 +137,7 @@ impl Findings for Spectrum {
         let mut lines = vec![head];
         for (y, fy) in self.frequencies.iter().enumerate() {
             for (x, fx) in self.frequencies.iter().enumerate() {
-                let values = [self.standard[y][x], self.robust[y][x], self.shift[y][x]];
+                let values = [self.standard_magnitude[y][x], self.robust_magnitude[y][x], self.shift[y][x]];
                 let line = [fy.to_string(), fx.to_string()].into_iter().chain(values.map(|v| v.to_string()));
                 lines.push(line.collect());
             }
@@ -146,7 +146,7 @@ impl Findings for Spectrum {
     }
 
     fn svg(&self, towers: [&str; 2], _: Option<&Data>) -> String {
-        let cell = (360.0 / self.patch.max(1) as f64).clamp(8.0, 40.0);
+        let cell = (400.0 / self.patch.max(1) as f64).clamp(8.0, 52.0);
         let side = cell * self.patch as f64;
         let lines = [
             names(towers),
@@ -157,12 +157,13 @@ impl Findings for Spectrum {
              blue: less."
                 .to_string(),
         ];
+        let width = (MARGIN[0] + side + 150.0).max(660.0);
+        let lines = Figure::wrap(width, &lines);
         let top = Figure::top(lines.len()) + MARGIN[1];
-        let width = (MARGIN[0] + side + 130.0).max(660.0);
-        let title = "What the patch embedding lets through: spectral shift";
-        let mut figure = Figure::new(width, top + side + MARGIN[2] + 8.0, title, &lines);
-        let most = self.shift.iter().flatten().fold(0.0, |most: f64, v| most.max(v.abs()));
         let labels: Vec<String> = self.frequencies.iter().map(i64::to_string).collect();
+        let title = "What the patch embedding lets through: spectral shift";
+        let mut figure = Figure::new(width, top + side + below(&labels), title, &lines);
+        let most = self.shift.iter().flatten().fold(0.0, |most: f64, v| most.max(v.abs()));
         let values: Vec<Vec<Option<f64>>> =
             self.shift.iter().map(|row| row.iter().map(|v| Some(*v)).collect()).collect();
         let map = HeatMap {
