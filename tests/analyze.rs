@@ -438,10 +438,9 @@ where
     assert!(alike(&printed, &written), "{name}");
     assert_eq!((&written["schema_version"], &written["analysis"]), (&1.into(), &name.into()));
     let found: Analysis<T> = serde_json::from_value(written.clone()).unwrap();
-    assert_eq!(
-        serde_json::to_value(&found).unwrap(),
-        written,
-        "{name}: nothing is lost when it is read back"
+    assert!(
+        alike(&serde_json::to_value(&found).unwrap(), &written),
+        "{name}: something is lost when it is read back"
     );
     let mut lines = csv::Reader::from_path(out.join(format!("{name}.csv"))).unwrap();
     assert!(lines.records().map(|line| line.unwrap()).count() > 1, "{name}");
@@ -454,7 +453,9 @@ where
     // Nothing is loaded: no address but the namespace, pictures in the file itself.
     assert_eq!(svg.matches("http").count(), 1, "{name}");
     assert!(svg.matches("href=\"").count() == svg.matches("href=\"data:image/png;base64,").count(), "{name}");
-    assert!(!svg.contains("NaN") && !svg.contains("<script"), "{name}");
+    let drawn: String =
+        svg.split("href=\"").map(|part| part.split_once("\"/>").map_or(part, |(_, rest)| rest)).collect();
+    assert!(!drawn.contains("NaN") && !svg.contains("<script"), "{name}");
     assert!(text(&output.stderr).lines().count() > 1, "{name}: a table");
     found
 }
@@ -605,7 +606,7 @@ fn a_picture_that_cannot_be_read_costs_nothing_else() {
         let flags: Vec<&str> = ["--data", data].into_iter().chain(more).collect();
         let output = analyze(name, folder.path(), &flags);
         assert_eq!(output.status.code(), Some(1), "{name}: {}", text(&output.stderr));
-        assert!(text(&output.stderr).contains("warning: 1 pictures could not be used"), "{name}");
+        assert!(text(&output.stderr).contains("warning: pictures that could not be used: 1"), "{name}");
         let found: Value = serde_json::from_slice(&output.stdout).unwrap();
         assert_eq!(
             (&found["data"]["n"], found["failed"].as_array().unwrap().len()),

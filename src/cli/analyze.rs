@@ -137,7 +137,7 @@ fn finished(
 ) -> anyhow::Result<ExitCode> {
     if failed > 0 {
         let file = paths.first().map(|path| path.display().to_string()).unwrap_or_default();
-        global.say(format_args!("warning: {failed} pictures could not be used; see {file}"));
+        global.say(format_args!("warning: pictures that could not be used: {failed}; see {file}"));
     }
     let paths: Vec<String> = paths.iter().map(|path| path.display().to_string()).collect();
     print(global, to_value(analysis)?, &paths.join("\n"))?;
