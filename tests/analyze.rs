@@ -443,7 +443,8 @@ where
         "{name}: something is lost when it is read back"
     );
     let mut lines = csv::Reader::from_path(out.join(format!("{name}.csv"))).unwrap();
-    assert!(lines.records().map(|line| line.unwrap()).count() > 1, "{name}");
+    let lines = lines.records().collect::<csv::Result<Vec<_>>>().unwrap();
+    assert!(lines.len() > 1, "{name}");
     let svg = std::fs::read_to_string(out.join(format!("{name}.svg"))).unwrap();
     assert!(
         svg.starts_with("<svg xmlns=\"http://www.w3.org/2000/svg\"") && svg.ends_with("</svg>\n"),

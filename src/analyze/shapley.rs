@@ -3,8 +3,8 @@
 //! heads can be added.
 //!
 //! The value of some heads is the share of pictures that the tower gets right with only these heads
-//! in its first block; of the others nothing is added to the residual stream (the output
-//! projection's bias stays). The paper takes accuracy on adversarial pictures and does not say what
+//! in its first block, attacked ones whatever it makes of the clean picture; of the other heads
+//! nothing is added to the residual stream (the output projection's bias stays). The paper takes accuracy on adversarial pictures and does not say what
 //! stands in for absent heads, nor what its pictures were crafted on; here the threat model is named.
 //! The values of all heads add up to the accuracy with all heads less that with none.
 
