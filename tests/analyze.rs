@@ -11,14 +11,16 @@ use std::sync::OnceLock;
 use candle_core::{DType, Device, Tensor};
 use fixture::{Fixture, MEAN, STD, assert_close, assert_same, clip, path, values};
 use radapt::Result;
-use radapt::analyze::attention::class_weights;
-use radapt::analyze::cka::{Cka, Hsic, Map, exact};
-use radapt::analyze::insensitivity::{Insensitivity, between};
+use radapt::analyze::attention::{Attention, attention, class_weights};
+use radapt::analyze::cka::{self, Cka, Hsic, Map, exact};
+use radapt::analyze::insensitivity::{Cosine, Insensitivity, between, insensitivity};
 use radapt::analyze::replace::{self, Replace};
 use radapt::analyze::shapley::{Shapley, coalitions, orders, shapley_values};
 use radapt::analyze::spectrum::{Spectrum, magnitudes, spectrum};
-use radapt::analyze::{Analysis, Pair, Side, Tokens, Which, attention::Attention};
+use radapt::analyze::{Analysis, Pair, Sample, Side, Tokens, Which};
 use radapt::attack::ThreatKind;
+use radapt::data::LabelledSet;
+use radapt::image::rgb_from_pixels;
 use radapt::model::{Lookup, Model};
 use radapt::pocket::built_in;
 use radapt::tower::clip::{Clip, Part};
@@ -234,6 +236,69 @@ fn attention_maps_are_transformers_and_heads_add_up_to_the_output() {
         let sum = heads.iter().skip(1).fold(heads[0].clone(), |sum, head| (sum + head).unwrap());
         let sum = sum.broadcast_add(block.attention.out.bias().unwrap()).unwrap();
         assert_close("heads", &sum, &tower.first_attention(&one).unwrap(), TOLERANCE);
+    }
+}
+
+#[test]
+fn whole_analyses_of_picture_files_are_numpys() {
+    let (pair, want) = (pair(), expected());
+    let pixels = want.tensor("pixels");
+    let folder = tempfile::tempdir().unwrap();
+    let class = folder.path().join("one");
+    std::fs::create_dir(&class).unwrap();
+    for i in 0..12 {
+        let picture = rgb_from_pixels(&pixels.get(i).unwrap()).unwrap();
+        picture.save(class.join(format!("{i:02}.png"))).unwrap();
+    }
+    let set = LabelledSet::open(folder.path(), &Default::default()).unwrap();
+    let model = Model::find(path("analyze/robust").to_str().unwrap(), &Lookup::default()).unwrap();
+    let preprocess = model.preprocess(None).unwrap();
+    let limits = Default::default();
+    let sample = Sample { set: &set, limits, preprocess: &preprocess, device: &Device::Cpu };
+    let mut told = 0;
+    for tokens in [Tokens::All, Tokens::Mean] {
+        let (found, failed) = insensitivity(&pair, &sample, tokens, &mut |done| told = done).unwrap();
+        assert!(failed.is_empty() && found.pictures == 12 && told == 12);
+        for name in PAIRS {
+            let [first, second] = both(name);
+            let find =
+                |list: &[Cosine]| list.iter().find(|c| (c.first, c.second) == (first, second)).cloned();
+            let c = find(&found.between_pictures).unwrap();
+            let table = want.tensor(&format!("cosine.{tokens}.{name}"));
+            assert_table(&format!("{tokens} {name}"), &[vec![c.value, c.low, c.high]], &table);
+            let c = find(&found.with_white).unwrap();
+            let table = want.tensor(&format!("white.{tokens}.{name}"));
+            assert_table(&format!("white {tokens} {name}"), &[vec![c.value, c.high - c.value]], &table);
+        }
+        // The order in which pictures come does not matter to the exact estimate; in the minibatches it
+        // is drawn by the seed.
+        let maps = |seed: u64| {
+            let options = cka::Options { tokens, batch: 5, minibatch_only: false, seed };
+            cka::cka(&pair, &sample, &options, &mut |_| ()).unwrap().0
+        };
+        let (found, other) = (maps(0), maps(1));
+        assert_eq!((found.batches, found.batch), (3, 4));
+        let whole = found.exact.as_ref().unwrap();
+        for (map, name) in [&whole.standard, &whole.cross, &whole.robust].into_iter().zip(PAIRS) {
+            assert_table(
+                &format!("cka {tokens} {name}"),
+                &some(map),
+                &want.tensor(&format!("cka.exact.{tokens}.{name}")),
+            );
+        }
+        assert_ne!(found.minibatch, other.minibatch);
+        assert_eq!(found.minibatch, maps(0).minibatch);
+    }
+    let (found, _) = attention(&pair, &sample, 12, false, &mut |_| ()).unwrap();
+    for which in [Which::Standard, Which::Robust] {
+        let mean = want.tensor(&format!("attention.{which}")).mean(1).unwrap();
+        let found: Vec<Vec<f64>> = found
+            .drawn
+            .iter()
+            .map(|drawn| if which == Which::Standard { &drawn.standard } else { &drawn.robust })
+            .map(|seen| std::iter::once(seen.class).chain(seen.patches.iter().copied()).collect())
+            .collect();
+        assert_table(&format!("attention {which}"), &found, &mean);
     }
 }
 
