@@ -47,6 +47,7 @@
 //! scoring.
 #![deny(missing_docs)]
 
+pub mod analyze;
 pub mod attack;
 pub mod data;
 pub mod defense;

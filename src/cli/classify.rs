@@ -335,13 +335,22 @@ impl Towers {
         dtype: Option<DType>,
         device: &Device,
     ) -> radapt::Result<Self> {
-        let exact = model.tower(preprocess, Some(DType::F32), device)?;
+        Self::of(model.tower(preprocess, Some(DType::F32), device)?, dtype)
+    }
+
+    /// Of a tower in f32.
+    pub fn of(exact: Clip, dtype: Option<DType>) -> radapt::Result<Self> {
         let craft = match dtype {
-            Some(DType::BF16) if device.is_cpu() => Some(exact.clone().packed(Products::Bf16)?),
+            Some(DType::BF16) if exact.device().is_cpu() => Some(exact.clone().packed(Products::Bf16)?),
             Some(dtype) if dtype != DType::F32 => Some(exact.to_dtype(dtype)?),
             _ => None,
         };
         Ok(Self { exact: exact.packed(Products::F32)?, craft })
+    }
+
+    /// Of a tower in f32, its weights left where they are, shared with others.
+    pub fn plain(exact: Clip) -> Self {
+        Self { exact, craft: None }
     }
 
     /// Gradients may be of lower precision; whether a picture is fooled is said in f32.

@@ -3,6 +3,7 @@
 //! Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 something failed, 2 the
 //! command was used wrongly.
 
+mod analyze;
 mod anchor;
 mod anchor_export;
 mod anchor_guide;
@@ -98,6 +99,7 @@ enum Command {
     Features(Box<features::Features>),
     Attack(Box<attack::AttackCommand>),
     Eval(eval::Eval),
+    Analyze(analyze::Analyze),
     /// Measure how fast this machine is
     Bench(bench::Bench),
     /// The pocket world: draw its pictures, train its models, score them
@@ -140,6 +142,7 @@ pub fn main() -> ExitCode {
         Command::Features(features) => features.run(&cli.global),
         Command::Attack(attack) => attack.run(&cli.global),
         Command::Eval(eval) => eval.run(&cli.global),
+        Command::Analyze(analyze) => analyze.run(&cli.global),
         Command::Bench(bench) => bench.run(&cli.global),
         Command::Pocket(pocket) => pocket.run(&cli.global),
         Command::Completions(completions) => completions.run(&cli.global),

@@ -157,6 +157,39 @@ pub struct BlockParts {
     pub attention: Attention,
 }
 
+/// A part of the tower, as [`Clip::with_parts`] takes them from another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Part {
+    /// All before block 1: normalisation, patch embedding, class token, positions and the norm.
+    Embedding,
+    /// A block's attention with the norm before it; blocks count from 1.
+    Attention(usize),
+    /// A block's MLP with the norm before it; blocks count from 1.
+    Mlp(usize),
+    /// All after the last block: the norm on the class token and the projection.
+    Output,
+}
+
+impl Part {
+    /// The parts of a tower, in the order a picture passes them.
+    pub fn all(blocks: usize) -> Vec<Self> {
+        let inner = (1..=blocks).flat_map(|i| [Self::Attention(i), Self::Mlp(i)]);
+        std::iter::once(Self::Embedding).chain(inner).chain([Self::Output]).collect()
+    }
+}
+
+/// `emb`, `b1-attn`, `b1-mlp`, `out`.
+impl std::fmt::Display for Part {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Embedding => f.write_str("emb"),
+            Self::Attention(block) => write!(f, "b{block}-attn"),
+            Self::Mlp(block) => write!(f, "b{block}-mlp"),
+            Self::Output => f.write_str("out"),
+        }
+    }
+}
+
 /// CLIP's vision transformer with what is put into it.
 #[derive(Clone)]
 pub struct Clip {
@@ -388,6 +421,65 @@ impl Clip {
         Ok(BlockParts { norm1: block.norm1, attention: block.attention })
     }
 
+    /// The same tower with some of its parts another's, of the same shapes; not packed, weights
+    /// shared with both. Without parts it is this tower, with all of them the other, bit for bit.
+    ///
+    /// # Errors
+    /// If the towers differ in shapes, activation, device or dtype, or there is no such block.
+    pub fn with_parts(&self, other: &Self, parts: &[Part]) -> Result<Self> {
+        let mut ours = self.spec.clone();
+        // The projection's width is a shape as well, if it is to be exchanged.
+        if !parts.contains(&Part::Output) {
+            ours.projection = other.spec.projection;
+        }
+        for (what, same) in [
+            ("shapes", ours == other.spec),
+            ("activation", self.activation == other.activation),
+            ("dtype", self.dtype == other.dtype),
+            ("device", self.device.same_device(&other.device)),
+        ] {
+            if !same {
+                let expected = format!("a tower of the same {what} as the one it goes into");
+                return Err(Error::argument("parts", expected, "another"));
+            }
+        }
+        let mut tower = Self { blocks: self.plain_blocks()?.into_owned(), packed: None, ..self.clone() };
+        for part in parts {
+            match *part {
+                Part::Embedding => {
+                    tower.mean = other.mean.clone();
+                    tower.inverse_std = other.inverse_std.clone();
+                    tower.patches = other.patches.clone();
+                    tower.class = other.class.clone();
+                    tower.positions = other.positions.clone();
+                    tower.pre_norm = other.pre_norm.clone();
+                }
+                Part::Attention(block) | Part::Mlp(block) => {
+                    let missing = || Error::argument("part", "a part of this tower", part);
+                    let i = block.checked_sub(1).ok_or_else(missing)?;
+                    let from = other.plain_block(i).map_err(|_| missing())?;
+                    let own = tower.blocks.get_mut(i).ok_or_else(missing)?;
+                    if let Part::Attention(_) = part {
+                        (own.norm1, own.attention) = (from.norm1, from.attention);
+                    } else {
+                        (own.norm2, own.fc1, own.fc2) = (from.norm2, from.fc1, from.fc2);
+                    }
+                }
+                Part::Output => {
+                    tower.post_norm = other.post_norm.clone();
+                    tower.projection = other.projection.clone();
+                }
+            }
+        }
+        Ok(tower)
+    }
+
+    /// The patch embedding's weight as a convolution's, `(D, 3, P, P)`.
+    pub fn patch_embedding(&self) -> Result<Tensor> {
+        let (d, p) = (self.spec.hidden, self.spec.patch_size);
+        Ok(self.patches.weight().reshape((d, 3, p, p))?)
+    }
+
     /// The norm that the class token goes through at the end.
     pub fn post_norm(&self) -> &LayerNorm {
         &self.post_norm
@@ -445,10 +537,9 @@ impl Clip {
 
     /// The tower's tensors under transformers' names, below `vision_model.`.
     pub fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
-        let (d, p) = (self.spec.hidden, self.spec.patch_size);
         let mut all = vec![
             ("embeddings.class_embedding".to_string(), self.class.clone()),
-            ("embeddings.patch_embedding.weight".to_string(), self.patches.weight().reshape((d, 3, p, p))?),
+            ("embeddings.patch_embedding.weight".to_string(), self.patch_embedding()?),
             ("embeddings.position_embedding.weight".to_string(), self.positions.clone()),
         ];
         let norm = |all: &mut Vec<(String, Tensor)>, name: String, layer: &LayerNorm| {

@@ -227,6 +227,27 @@ impl Attention {
         probabilities(&(&k * self.scale(x.dim(D::Minus1)?))?, &k)
     }
 
+    /// softmax(Q K^T / sqrt(D / h)) of `(B, N, D)`, what each token attends to: `(B h, N, N)`, rows
+    /// that sum to 1, a picture's heads one after the other.
+    pub fn weights(&self, x: &Tensor) -> Result<Tensor> {
+        let AttentionTape { q, k, .. } = self.project(x)?;
+        probabilities(&q, &k)
+    }
+
+    /// What each head adds to the output of [`Attention::forward`], for `(B, N, D)`: as many
+    /// `(B, N, D)` as heads, whose sum with the output projection's bias is the output.
+    pub fn by_head(&self, x: &Tensor) -> Result<Vec<Tensor>> {
+        let tape = self.project(x)?;
+        let context = self.join(&attend(&tape)?)?;
+        let width = context.dim(D::Minus1)? / self.heads;
+        let part = |head: usize| {
+            let own = context.narrow(D::Minus1, head * width, width)?.contiguous()?;
+            let weight = self.out.weight().narrow(1, head * width, width)?.contiguous()?;
+            Linear::new(weight, None).forward(&own)
+        };
+        (0..self.heads).map(part).collect()
+    }
+
     /// `(B h, N, N)` weights times values `(B, N, D)`, by heads: `(B, N, D)`.
     pub fn spread(&self, weights: &Tensor, values: &Tensor) -> Result<Tensor> {
         self.join(&weights.matmul(&self.split(values)?)?)
