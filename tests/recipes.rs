@@ -255,9 +255,9 @@ fn downloads_are_checked() {
     std::fs::create_dir_all(&class).expect("a folder");
     std::fs::write(class.join("001_0001.jpg"), b"a picture").expect("a file");
     let archive = site.join("256_ObjectCategories.tar");
-    let packed =
-        Command::new("tar").arg("-C").arg(&site).arg("-cf").arg(&archive).arg("256_ObjectCategories");
-    assert!({ packed }.status().expect("tar").success());
+    let mut pack = Command::new("tar");
+    pack.arg("-C").arg(&site).arg("-cf").arg(&archive).arg("256_ObjectCategories");
+    assert!(pack.status().expect("tar").success());
     let fetch = |sum: Option<&str>, count: &str| {
         let mut command = Command::new("bash");
         command.arg(script("data.sh")).arg("caltech256").env("DATA_DIR", &data).env("CALTECH_COUNT", count);
