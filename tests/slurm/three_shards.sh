@@ -97,7 +97,7 @@ kill -KILL "$victim"
 echo "killed process $victim of shard 2 after $had pictures"
 back() { grep -q 'killed by signal 9, back into the queue' "radapt-${array}_2.log"; }
 soon 60 back
-ended() { [ -z "$(squeue --noheader --jobs="$array,$merge" 2>/dev/null)" ]; }
+ended() { scontrol --oneliner show job "$merge" | grep -qE ' JobState=(COMPLETED|FAILED|CANCELLED|TIMEOUT) '; }
 soon 500 ended
 for task in 1 2 3; do sed "s/^/  /" "radapt-${array}_$task.log"; done
 grep -q 'shard 2/3 on .*, start 2' "radapt-${array}_2.log" || fail "shard 2 was not started again"
