@@ -14,6 +14,7 @@ fn recipe(name: &str, out: &Path) -> Command {
     let mut command = Command::new("bash");
     command.arg(script(name)).env("RADAPT", env!("CARGO_BIN_EXE_radapt")).env("OUT", out);
     for variable in [
+        "ANSWERS",
         "ATTACK",
         "CLIP",
         "DATA",

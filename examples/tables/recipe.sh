@@ -15,6 +15,7 @@
 #   DATA_DIR    where downloads go (data.sh)                   data
 #   TRAIN       labelled pictures that anchors are trained on  two tars of ImageNet's training pictures
 #   DEVICE, DTYPE   as --device and --dtype                    cpu, bf16 (gradients; f32 decides)
+#   ANSWERS     --dtype of the language model                  f16 on a CPU, bf16 elsewhere
 #   STEP        seconds of one picture's attack step, for --cost
 #
 # A script that was killed goes on where it was when it is started again. Memory: `radapt bench attack` has a peak of
@@ -54,6 +55,8 @@ default N_TRAIN 2000 60
 default EPOCHS 10 1
 
 on=(--device "$DEVICE" --dtype "$DTYPE")
+# A language model on a CPU takes f16 or f32.
+if [ "$DEVICE" = cpu ]; then default ANSWERS f16 f32; else default ANSWERS bf16 f32; fi
 attacking=()
 if [ -n "$STEPS" ]; then attacking+=(--steps "$STEPS"); fi
 runs=()

@@ -13,7 +13,7 @@
 #            and adaptive (through each anchor);
 #          and a run in which Qwen3-VL is asked for a caption and three answers of each.
 # Needs    coco300 and two ImageNet training tars (data.sh), CLIP ViT-L/14-336, Qwen/Qwen3-VL-8B-Instruct (18 GB).
-#          Memory: 20 GB in bf16; ISQ=q4k quantises its language model as it loads.
+#          Memory: 20 GB in 16 bits; ISQ=q4k quantises its language model as it loads.
 # Cost     V-Attack: 90,000 steps at 336 pixels of CLIP, 35 hours on two cores, 0.2 on a GPU that sustains
 #          100 TFLOP/s (`--cost`). PGD and training: 264,000 steps of Qwen3-VL's tower at 448 pixels, and 16,500
 #          answers of an 8B model, neither of which was timed here.
@@ -74,7 +74,7 @@ for setting in $SETTINGS; do
     pgd "adaptive-$setting" --threat adaptive --anchor "$OUT/anchors/$name.safetensors"
     names+=("$name")
 done
-ask=(--device "$DEVICE" --dtype "$DTYPE")
+ask=(--device "$DEVICE" --dtype "$ANSWERS")
 [ -z "${ISQ:-}" ] || ask+=(--isq "$ISQ")
 # Of what was crafted there is nothing to report but what is said of it.
 runs=()

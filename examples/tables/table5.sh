@@ -9,7 +9,7 @@
 #          each anchor); and a run in which LLaVA is asked for a caption and three answers of each.
 # Needs    V-Attack's coco300 files with COCO val2017 (data.sh coco300, 0.8 GB), two ImageNet training tars
 #          (data.sh; HF_TOKEN), CLIP ViT-L/14-336 and llava-hf/llava-1.5-7b-hf (14 GB). Memory: 16 GB for LLaVA
-#          in bf16, 30 in f32; ISQ=q4k quantises its language model as it loads.
+#          in 16 bits, 30 in f32; ISQ=q4k quantises its language model as it loads.
 # Cost     684,000 attack steps at 336 pixels: 266 hours on two cores, 1.4 on a GPU that sustains 100 TFLOP/s
 #          (`--cost`; recipe.sh says from which measured step). Beside it 13,200 answers of a 7B model, which
 #          were not timed here.
@@ -50,7 +50,7 @@ for setting in $SETTINGS; do
     crafted=$crafted,$OUT/crafted/adaptive-$setting
     names+=("$name")
 done
-ask=(--device "$DEVICE" --dtype "$DTYPE")
+ask=(--device "$DEVICE" --dtype "$ANSWERS")
 [ -z "${ISQ:-}" ] || ask+=(--isq "$ISQ")
 [ -z "${JUDGE:-}" ] || ask+=(--judge "$JUDGE" --judge-model "$JUDGE_MODEL" --judge-cache "$OUT/verdicts.jsonl")
 # Of what was crafted there is nothing to report but what is said of it.
