@@ -78,7 +78,7 @@ idle() { sinfo --noheader --format=%t | grep -qx idle; }
 soon 60 idle
 sinfo
 
-evaluation=(eval classify --n 36 --attack apgd-ce --eps 4/255 --batch 1)
+evaluation=(eval classify --n 36 --attack apgd-ce --steps 60 --eps 4/255 --batch 1)
 cd "$folder"
 export RADAPT=$radapt SBATCH_FLAGS="--cpus-per-task=1 --mem=0"
 bash "$repository/examples/slurm/submit.sh" 3 "$folder/run" "${evaluation[@]}" | tee submitted
