@@ -293,12 +293,18 @@ fn lines<'a>(attacked: &[&Ours<'a>], clean: &[&Ours<'a>], split: Split) -> Vec<L
                 && line.dataset.is_none_or(|dataset| dataset == ours.row.dataset)
                 && line.rows.iter().any(|(run, _)| *run == ours.run)
         };
-        let mut with = lines.iter_mut().filter(fits).peekable();
-        if with.peek().is_none() {
+        lines.iter_mut().filter(fits).for_each(|line| line.rows.push((ours.run, ours.row)));
+        // A clean figure of another run of the same adds nothing to lines that have one.
+        let known = lines.iter().any(|line| {
+            (line.model, line.defense, line.parts) == (ours.model, ours.row.defense.as_str(), ours.parts)
+                && line.dataset.is_none_or(|dataset| dataset == ours.row.dataset)
+        });
+        if !known {
             alone.push(*ours);
         }
-        with.for_each(|line| line.rows.push((ours.run, ours.row)));
     }
+    // What can be compared with the paper's comes first.
+    lines.sort_by_key(|line| line.setting.is_some_and(|setting| *setting.threat == Threat::Adaptive));
     let mut put = |ours: &Ours<'a>| {
         let dataset = split.dataset.then_some(ours.row.dataset.as_str());
         let same = |line: &&mut Line| {
@@ -632,6 +638,10 @@ fn our_line(
         }
         found
     };
+    // A line of one attack has its name beside the threat model.
+    let attacks = |column: &Column| -> Vec<String> {
+        if line.attack.is_some() { Vec::new() } else { column.attack.clone() }
+    };
     for column in columns {
         let cell = match column.dataset.as_deref() {
             Some("mean") => {
@@ -641,10 +651,10 @@ fn our_line(
                     registry::entries().iter().map(|entry| entry.name.as_str()).collect()
                 };
                 let each: Vec<Vec<(usize, &Row)>> = all.iter().map(|set| value(column, set)).collect();
-                mean(runs, &each)
+                mean(runs, &each, &attacks(column))
             }
-            Some(set) if line.dataset.is_none() => cell(runs, &value(column, set), &column.attack),
-            _ => cell(runs, &value(column, set_name(line.dataset.unwrap_or_default())), &column.attack),
+            Some(set) if line.dataset.is_none() => cell(runs, &value(column, set), &attacks(column)),
+            _ => cell(runs, &value(column, set_name(line.dataset.unwrap_or_default())), &attacks(column)),
         };
         cells.push(cell);
     }
@@ -681,9 +691,9 @@ fn cell(runs: &[Run], found: &[(usize, &Row)], attacks: &[String]) -> Cell {
 }
 
 /// The mean over sets, where each has one figure.
-fn mean(runs: &[Run], each: &[Vec<(usize, &Row)>]) -> Cell {
+fn mean(runs: &[Run], each: &[Vec<(usize, &Row)>], attacks: &[String]) -> Cell {
     if let [one] = each {
-        return cell(runs, one, &[]);
+        return cell(runs, one, attacks);
     }
     let values: Option<Vec<(usize, f64)>> = each
         .iter()
