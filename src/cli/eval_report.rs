@@ -11,13 +11,19 @@ use super::{Global, print};
 
 /// Show the figures of one or several runs: as Markdown, as CSV, as JSON, or as a page with plots.
 ///
-/// Runs on several data sets come out in one report, also in one table with their average. A run
-/// that is not complete is shown with what it has, and is marked.
+/// Runs of every kind, sweeps and analyses come out in one report; classification on several data
+/// sets also in one table with their average. A run that is not complete is shown with what it has,
+/// and is marked. With --paper the paper's tables come first, as far as there are figures for them, its
+/// own figures and ours in one table, each with its threat model.
 #[derive(Args)]
 pub struct Report {
-    /// The runs' folders, each with its summary.json
+    /// Folders of runs (summary.json) and sweeps (sweep.json), and analyses (the JSON of `radapt
+    /// analyze`, or a folder with several)
     #[arg(required = true, value_name = "RUN")]
     runs: Vec<PathBuf>,
+    /// Also the paper's tables, its own figures beside ours
+    #[arg(long)]
+    paper: bool,
     /// What to write; by the ending of --out where not given, else md
     #[arg(long, value_enum)]
     format: Option<Format>,
@@ -61,7 +67,10 @@ impl Report {
             };
             return Err(reason.into());
         }
-        let report = report::Report::read(&self.runs)?;
+        let mut report = report::Report::read(&self.runs)?;
+        if self.paper {
+            report = report.beside_paper();
+        }
         let Some(out) = &self.out else {
             let text = report.render(format)?;
             let mut stdout = std::io::stdout().lock();

@@ -189,7 +189,7 @@ impl<'a> Section<'a> {
 pub(super) fn sections(runs: &[Run]) -> Vec<Section<'_>> {
     let mut sections: Vec<Section> = Vec::new();
     for (index, run) in runs.iter().enumerate() {
-        for row in &run.summary.rows {
+        for row in run.section_rows() {
             let place = sections.iter().position(|s| (s.task, s.dataset) == (&row.task, &row.dataset));
             let place = place.unwrap_or_else(|| {
                 let (task, dataset) = (row.task.as_str(), row.dataset.as_str());
@@ -235,8 +235,9 @@ fn lines<'a>(
     columns: &[Condition<'a>],
 ) -> Vec<Line<'a>> {
     let mut lines: Vec<Line> = Vec::new();
-    let rows =
-        || run.summary.rows.iter().filter(|row| (row.task.as_str(), row.dataset.as_str()) == (task, dataset));
+    let rows = || {
+        run.section_rows().iter().filter(|row| (row.task.as_str(), row.dataset.as_str()) == (task, dataset))
+    };
     let clean = |defense: &str| rows().find(|row| row.defense == defense && row.attacked.is_none());
     for row in rows() {
         let setting = Setting::of(row);
@@ -331,7 +332,7 @@ fn overview<'a>(runs: &'a [Run], sections: &[Section<'a>], task: &'a str) -> Opt
         let of_section = |row: &&Row| (row.task.as_str(), row.dataset.as_str()) == (task, section.dataset);
         let rows = || {
             let runs = runs.iter().enumerate();
-            runs.flat_map(|(i, run)| run.summary.rows.iter().map(move |row| (i, run, row)))
+            runs.flat_map(|(i, run)| run.section_rows().iter().map(move |row| (i, run, row)))
                 .filter(|(_, _, row)| of_section(row) && row.n > 0)
         };
         let per_class = rows().all(|(_, _, row)| row.mean_per_class.is_some());

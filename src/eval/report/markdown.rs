@@ -1,7 +1,7 @@
 //! The report as Markdown.
 
 use super::arrange::{Line, Overview, Section, Setting, overviews, sections};
-use super::{MARK, Report, count, figure};
+use super::{MARK, Report, Run, count, figure, paper};
 use crate::page::{printable, undefended_or};
 
 /// What every Markdown report begins with.
@@ -21,6 +21,12 @@ pub(super) fn markdown(report: &Report) -> String {
             on the clean picture as well. `transfer` pictures were crafted on the surrogate, which is not the \
             defended model: the attacker does not know of the defence. `adaptive` pictures were crafted on the model that \
             is scored, with gradients through its defence. After the @ is eps, the largest change of a pixel.\n";
+    if report.paper {
+        let beside = paper::beside(&report.runs);
+        out += "\n## Beside the paper’s tables\n";
+        beside.lead.iter().for_each(|words| out += &format!("\n{}\n", text(words)));
+        beside.tables.iter().for_each(|(_, grid)| out += &grid.markdown("###"));
+    }
     let overviews = overviews(&report.runs);
     for overview in &overviews {
         out += &all(report, overview);
@@ -28,8 +34,22 @@ pub(super) fn markdown(report: &Report) -> String {
     for section in sections(&report.runs) {
         out += &one(report, &section);
     }
-    let unused: Vec<usize> =
-        (0..report.runs.len()).filter(|&i| report.runs[i].summary.rows.is_empty()).collect();
+    let grids = report.grids();
+    grids.iter().for_each(|grid| out += &grid.markdown("##"));
+    if !grids.is_empty() {
+        out += "\n";
+        let other = |run: &Run| run.is_pivot || (run.section_rows().is_empty() && !run.figures.is_empty());
+        (0..report.runs.len()).filter(|&i| other(&report.runs[i])).for_each(|run| out += &made(report, run));
+    }
+    for analysis in &report.analyses {
+        analysis.grids.iter().for_each(|grid| out += &grid.markdown("##"));
+        let facts: Vec<String> =
+            analysis.facts.iter().map(|(name, value)| format!("{name} {}", text(value))).collect();
+        out += &format!("\n- {}: {}\n", text(&analysis.path.display().to_string()), facts.join(", "));
+    }
+    let unused: Vec<usize> = (0..report.runs.len())
+        .filter(|&i| report.runs[i].summary.rows.is_empty() && report.runs[i].figures.is_empty())
+        .collect();
     if !unused.is_empty() {
         out += "\n## Runs without figures\n\n";
         unused.iter().for_each(|&run| out += &made(report, run));
@@ -157,7 +177,7 @@ fn record(cells: &[String]) -> String {
 }
 
 /// The text with nothing in it that Markdown or HTML would read as more than text.
-fn text(text: &str) -> String {
+pub(super) fn text(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in printable(text).chars() {
         match c {

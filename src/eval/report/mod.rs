@@ -1,8 +1,13 @@
-//! Runs side by side: Markdown, CSV, JSON, and one HTML page with plots.
+//! Runs, sweeps and analyses side by side, and beside the paper's tables: Markdown, CSV, JSON, and one
+//! HTML page with plots.
 
+mod analyses;
 mod arrange;
+mod grid;
+mod kinds;
 mod markdown;
 mod page;
+mod paper;
 mod plot;
 mod table;
 
@@ -12,10 +17,14 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
+use super::sweep::Point;
 use super::{Row, Summary};
 use crate::page::{printable, shorten, undefended_or};
 use crate::{Error, Result};
+use analyses::Analysis;
 use arrange::{Key, sections};
+use grid::{Drawing, Grid};
+use kinds::{Figure, Given};
 
 /// What tells a report from other files, in every format but CSV, which has its header.
 const MARK: &str = "radapt eval report";
@@ -30,6 +39,8 @@ const LONGEST: usize = 300;
 #[derive(Debug)]
 pub struct Report {
     runs: Vec<Run>,
+    analyses: Vec<Analysis>,
+    paper: bool,
 }
 
 /// A run with its folder.
@@ -38,6 +49,15 @@ struct Run {
     path: PathBuf,
     model: String,
     summary: Summary,
+    /// Whether its rows stand in a table of their kind, not in the sections of right answers.
+    is_pivot: bool,
+    /// What else it measured.
+    figures: Vec<Figure>,
+    /// The settings of a sweep, by the names that its rows have for defences.
+    points: Vec<(String, Point)>,
+    drawings: Vec<Drawing>,
+    /// What casts doubt on it, besides its flags.
+    notes: Vec<String>,
 }
 
 /// What a report is written as.
@@ -54,12 +74,31 @@ pub enum Format {
 }
 
 impl Report {
-    /// Reads `summary.json` of each run's folder, or the file itself.
+    /// Reads what is at each path: a run's folder or its `summary.json`, of `eval classify`, `retrieve`,
+    /// `coco`, `vqa` or `suspicion` or of `attack v-attack` or `features`; a sweep's folder or its
+    /// `sweep.json`; an analysis' JSON, or a folder with several.
     ///
     /// # Errors
-    /// If one cannot be read, and all of [`Report::new`].
-    pub fn read(runs: &[PathBuf]) -> Result<Self> {
-        Self::new(runs.iter().map(|path| Ok((path.clone(), Summary::read(path)?))).collect::<Result<_>>()?)
+    /// If one cannot be read or is none of these, an attacked figure has no threat model, and all of
+    /// [`Report::new`].
+    pub fn read(paths: &[PathBuf]) -> Result<Self> {
+        let mut runs = Vec::new();
+        let mut analyses: Vec<Analysis> = Vec::new();
+        for path in paths {
+            for given in kinds::read(path)? {
+                match given {
+                    Given::Run(run) => runs.push(*run),
+                    Given::Analysis(found) => {
+                        if analyses.iter().any(|first| first.path == found.path) {
+                            let found = format!("`{}` twice", found.path.display());
+                            return Err(Error::argument("RUN", "each analysis once", found));
+                        }
+                        analyses.push(found);
+                    }
+                }
+            }
+        }
+        Self::join(runs, analyses)
     }
 
     /// From runs, each with the path to call it by.
@@ -68,40 +107,32 @@ impl Report {
     /// If there is none, one is a shard, one is given twice, one does not name its model, or one has
     /// two figures for the same thing.
     pub fn new(runs: Vec<(PathBuf, Summary)>) -> Result<Self> {
-        if runs.is_empty() {
+        let runs = runs.into_iter().map(|(path, summary)| Run::new(path, summary));
+        Self::join(runs.collect::<Result<_>>()?, Vec::new())
+    }
+
+    fn join(runs: Vec<Run>, analyses: Vec<Analysis>) -> Result<Self> {
+        if runs.is_empty() && analyses.is_empty() {
             return Err(Error::argument("RUN", "at least one run folder", "none"));
         }
-        let mut checked: Vec<Run> = Vec::with_capacity(runs.len());
-        for (path, summary) in runs {
-            if let Some((index, of)) = summary.shard
-                && of > 1
-            {
-                return Err(Error::Shard { path, index, of });
-            }
-            if let Some(first) = checked.iter().find(|run| run.summary.fingerprint == summary.fingerprint) {
-                let found =
-                    format!("`{}` and `{}`, which are the same run", first.path.display(), path.display());
+        for (i, run) in runs.iter().enumerate() {
+            let same = |other: &&Run| other.summary.fingerprint == run.summary.fingerprint;
+            if let Some(first) = runs[..i].iter().find(same) {
+                let found = format!(
+                    "`{}` and `{}`, which are the same run",
+                    first.path.display(),
+                    run.path.display()
+                );
                 return Err(Error::argument("RUN", "each run once", found));
             }
-            if summary.done > summary.items || summary.failed > summary.done {
-                let Summary { items, done, failed, .. } = summary;
-                let found = format!("items {items}, done {done}, failed {failed}");
-                return Err(Error::config(path, format!("expected failed <= done <= items, found {found}")));
-            }
-            for (i, row) in summary.rows.iter().enumerate() {
-                if summary.rows[..i].iter().any(|earlier| Key::of(earlier) == Key::of(row)) {
-                    return Err(Error::config(
-                        path,
-                        format!("rows: expected one figure each, found two for {}", words(row)),
-                    ));
-                }
-            }
-            let Some(model) = name(&summary.run["model"]) else {
-                return Err(Error::config(path, "run.model.name: expected the model's name, found none"));
-            };
-            checked.push(Run { path, model, summary });
         }
-        Ok(Self { runs: checked })
+        Ok(Self { runs, analyses, paper: false })
+    }
+
+    /// The same with the paper's tables as far as there are figures for them, its own figures beside.
+    #[must_use]
+    pub fn beside_paper(self) -> Self {
+        Self { paper: true, ..self }
     }
 
     /// Whether every run is.
@@ -125,14 +156,23 @@ impl Report {
                     "Run {number}: {failed} of {done} items could not be scored and are in no figure."
                 ));
             }
-            if rows.is_empty() {
+            if rows.is_empty() && run.figures.is_empty() {
                 notes.push(format!("Run {number} has no figures."));
             }
         }
         for (i, run) in self.runs.iter().enumerate() {
-            notes.extend(
-                run.summary.flags.iter().map(|flag| format!("Run {} warns: {}", i + 1, printable(flag))),
-            );
+            let flags = run.summary.flags.iter().chain(&run.notes);
+            notes.extend(flags.map(|flag| format!("Run {} warns: {}", i + 1, printable(flag))));
+        }
+        for analysis in &self.analyses {
+            let name = &analysis.name;
+            notes.extend(analysis.notes.iter().map(|note| format!("Analysis {name}: {}", printable(note))));
+        }
+        if self.paper {
+            let strangers = paper::strangers(&self.runs);
+            if !strangers.is_empty() {
+                notes.push(paper::stand_ins(&strangers));
+            }
         }
         for section in sections(&self.runs) {
             let place = format!("{} on {}", section.task, section.dataset);
@@ -156,6 +196,7 @@ impl Report {
                 }
             }
         }
+        notes.extend(kinds::not_adaptive(&self.runs));
         notes
     }
 
@@ -173,7 +214,8 @@ impl Report {
     }
 
     /// The report as `{schema_version, report, complete, notes, runs, rows}`. Each of `rows` is a
-    /// [`Row`] with the number and fingerprint of its run and with the run's model.
+    /// [`Row`] with the number and fingerprint of its run and with the run's model. Where there are
+    /// any, also `figures`, of what is no share of right answers, `analyses`, and `paper`.
     ///
     /// # Errors
     /// None with runs read from files.
@@ -197,10 +239,21 @@ impl Report {
                 })
             })
             .collect();
-        Ok(json!({
+        let mut out = json!({
             "schema_version": Summary::VERSION, "report": MARK, "complete": self.is_complete(),
             "notes": self.notes(), "runs": runs, "rows": rows,
-        }))
+        });
+        let figures: Vec<Value> = self.others().map(|(i, run, figure)| figure.json(i, run)).collect();
+        if !figures.is_empty() {
+            out["figures"] = figures.into();
+        }
+        if !self.analyses.is_empty() {
+            out["analyses"] = self.analyses.iter().map(Analysis::json).collect();
+        }
+        if self.paper {
+            out["paper"] = paper::beside(&self.runs).json();
+        }
+        Ok(out)
     }
 
     /// Writes the report in this format, over an earlier report if there is one.
@@ -218,15 +271,28 @@ impl Report {
         (1..).zip(&self.runs).flat_map(|(i, run)| run.summary.rows.iter().map(move |row| (i, run, row)))
     }
 
+    /// All figures that are no rows, each with its run and the run's number.
+    fn others(&self) -> impl Iterator<Item = (usize, &Run, &Figure)> {
+        (1..).zip(&self.runs).flat_map(|(i, run)| run.figures.iter().map(move |figure| (i, run, figure)))
+    }
+
     /// The names of the data sets, each once.
     fn datasets(&self) -> Vec<&str> {
+        let rows = self.rows().map(|(_, _, row)| row.dataset.as_str());
+        let others = self.others().map(|(_, _, figure)| figure.dataset.as_str());
+        let analyses = self.analyses.iter().flat_map(|analysis| analysis.datasets.iter().map(String::as_str));
         let mut names: Vec<&str> = Vec::new();
-        for (_, _, row) in self.rows() {
-            if !names.contains(&row.dataset.as_str()) {
-                names.push(&row.dataset);
+        for name in rows.chain(others).chain(analyses) {
+            if !names.contains(&name) {
+                names.push(name);
             }
         }
         names
+    }
+
+    /// The tables of figures that stand in no section of right answers.
+    fn grids(&self) -> Vec<Grid> {
+        kinds::grids(&self.runs)
     }
 }
 
@@ -263,6 +329,45 @@ impl fmt::Display for Format {
 }
 
 impl Run {
+    fn new(path: PathBuf, summary: Summary) -> Result<Self> {
+        if let Some((index, of)) = summary.shard
+            && of > 1
+        {
+            return Err(Error::Shard { path, index, of });
+        }
+        if summary.done > summary.items || summary.failed > summary.done {
+            let Summary { items, done, failed, .. } = summary;
+            let found = format!("items {items}, done {done}, failed {failed}");
+            return Err(Error::config(path, format!("expected failed <= done <= items, found {found}")));
+        }
+        for (i, row) in summary.rows.iter().enumerate() {
+            if summary.rows[..i].iter().any(|earlier| Key::of(earlier) == Key::of(row)) {
+                return Err(Error::config(
+                    path,
+                    format!("rows: expected one figure each, found two for {}", words(row)),
+                ));
+            }
+        }
+        let Some(model) = name(&summary.run["model"]) else {
+            return Err(Error::config(path, "run.model.name: expected the model's name, found none"));
+        };
+        Ok(Self {
+            path,
+            model,
+            summary,
+            is_pivot: false,
+            figures: Vec::new(),
+            points: Vec::new(),
+            drawings: Vec::new(),
+            notes: Vec::new(),
+        })
+    }
+
+    /// Its rows, where they stand in the sections of right answers.
+    fn section_rows(&self) -> &[Row] {
+        if self.is_pivot { &[] } else { &self.summary.rows }
+    }
+
     fn is_complete(&self) -> bool {
         self.summary.done == self.summary.items
     }

@@ -3,7 +3,7 @@
 use super::super::Row;
 use super::arrange::{Line, Overview, Section, Setting, overviews, sections};
 use super::plot::{self, Axis, plot};
-use super::{Report, count};
+use super::{Report, count, paper};
 use crate::attack::{Eps, Threat};
 use crate::page::{DEFENSE, document, escape, threat_code, two_threats, undefended_or};
 
@@ -44,17 +44,35 @@ pub(super) fn page(report: &Report) -> String {
         }
     }
     let overviews: String = overviews(&report.runs).iter().map(|overview| all(report, overview)).collect();
+    let grids = report.grids();
+    let others = grids.iter().enumerate().map(|(i, grid)| grid.html(&format!("kind-{i}"), "h2")).collect();
+    let analyses = report.analyses.iter().flat_map(|analysis| &analysis.grids).enumerate();
+    let analyses = analyses.map(|(i, grid)| grid.html(&format!("analysis-{i}"), "h2")).collect();
     let body = [
         top(report, &title),
         "<main id=\"main\">\n".into(),
+        if report.paper { beside(report) } else { String::new() },
         sections.iter().enumerate().map(|(i, section)| one(report, section, &attacks, i)).collect(),
         overviews,
+        others,
+        analyses,
         explanation(&attacks),
         making(report),
         "</main>\n".into(),
     ]
     .concat();
     document(&title, super::MARK, CSS, ("main", "the figures"), &body)
+}
+
+/// The paper's tables with ours beside.
+fn beside(report: &Report) -> String {
+    let beside = paper::beside(&report.runs);
+    let lead: String = beside.lead.iter().map(|words| format!("<p>{}</p>\n", escape(words))).collect();
+    let tables: String =
+        beside.tables.iter().map(|(number, grid)| grid.html(&format!("paper-{number}"), "h3")).collect();
+    format!(
+        "<section class=\"beside\" aria-labelledby=\"paper\">\n<h2 id=\"paper\">Beside the paper’s tables</h2>\n{lead}{tables}</section>\n"
+    )
 }
 
 fn top(report: &Report, title: &str) -> String {
@@ -69,8 +87,13 @@ fn top(report: &Report, title: &str) -> String {
         )
     };
     let runs = report.runs.len();
+    let analyses = match report.analyses.len() {
+        0 => String::new(),
+        1 => " and 1 analysis".into(),
+        n => format!(" and {n} analyses"),
+    };
     format!(
-        "<header class=\"top\">\n<p class=\"eyebrow\">radapt eval report · {runs} run{s}</p>\n<h1>{title}</h1>\n\
+        "<header class=\"top\">\n<p class=\"eyebrow\">radapt eval report · {runs} run{s}{analyses}</p>\n<h1>{title}</h1>\n\
          <p>How many pictures a model still gets right when somebody changes them on purpose: every pixel a \
          little, by at most eps. <a href=\"#what\">What the words mean</a> stands at the end.</p>\n{state}</header>\n",
         s = if runs == 1 { "" } else { "s" },
@@ -412,8 +435,20 @@ fn making(report: &Report) -> String {
             )
         })
         .collect();
+    let analyses: String = report
+        .analyses
+        .iter()
+        .map(|analysis| {
+            let facts = analysis.facts.iter().map(|(name, value)| (capitalised(name), value.clone()));
+            format!(
+                "<h3>Analysis: <code>{}</code></h3>\n{}",
+                escape(&analysis.path.display().to_string()),
+                list(&mut facts.into_iter(), "")
+            )
+        })
+        .collect();
     format!(
-        "<section class=\"runs\" aria-labelledby=\"made\">\n<h2 id=\"made\">How it was made</h2>\n{runs}</section>\n"
+        "<section class=\"runs\" aria-labelledby=\"made\">\n<h2 id=\"made\">How it was made</h2>\n{runs}{analyses}</section>\n"
     )
 }
 
