@@ -1045,7 +1045,7 @@ fn a_figure_without_its_threat_model_is_refused_whatever_its_kind() {
         let json = kinds().into_iter().find(|(kind, _)| *kind == name).expect("the kind").1;
         let path =
             written(root.path(), &format!("{name}{}", place.replace('/', "-")), &without(&json, place));
-        let error = Report::read(&[path.clone()]).expect_err("a refusal").to_string();
+        let error = Report::read(std::slice::from_ref(&path)).expect_err("a refusal").to_string();
         assert!(
             error.contains("threat") && error.contains(&*path.to_string_lossy()),
             "{name}{place}: {error}"
@@ -1094,7 +1094,7 @@ fn what_is_no_run_is_refused_by_its_name() {
         (strange, "analysis: expected cka, replace"),
         (torn, "missing field"),
     ] {
-        let error = Report::read(&[path.clone()]).expect_err("a refusal").to_string();
+        let error = Report::read(std::slice::from_ref(&path)).expect_err("a refusal").to_string();
         assert!(error.contains(says) && error.contains(&*path.to_string_lossy()), "{error}");
         let output = radapt(&[path.to_str().expect("a path"), "--paper"]);
         assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
@@ -1444,4 +1444,42 @@ fn the_command_sets_ours_beside_the_paper() {
     assert!(output.status.success(), "{}", text(&output.stderr));
     let output = radapt(&[paths[1], "--paper"]);
     assert!(text(&output.stdout).contains("None of the figures given has a place in the paper’s tables."));
+}
+
+#[test]
+fn names_in_runs_of_any_kind_and_in_analyses_are_text() {
+    let root = tempfile::tempdir().expect("a folder");
+    let evil = "</style><script>alert('1')</script>|\\\" onerror=\\\"x&\u{202e}`*";
+    let mut paths = Vec::new();
+    for (name, json) in kinds() {
+        let text = json.to_string();
+        let text =
+            ["tiny-clip", "tiny-llava", "plus-8"].iter().fold(text, |text, name| text.replace(name, evil));
+        paths.push(written(root.path(), name, &serde_json::from_str(&text).expect("JSON")));
+    }
+    let folder = analyses(root.path());
+    for name in ["replace", "shapley", "cka"] {
+        let file = folder.join(format!("{name}.json"));
+        let text =
+            std::fs::read_to_string(&file).expect("a file").replace("tiny-clip", evil).replace("emb", evil);
+        std::fs::write(&file, text).expect("a file");
+    }
+    paths.push(folder);
+    let report = Report::read(&paths).expect("a report").beside_paper();
+    let html = report.render(Format::Html).expect("a page");
+    assert!(html.matches("&lt;script&gt;").count() > 30, "{}", html.matches("&lt;script&gt;").count());
+    let markdown = report.render(Format::Markdown).expect("a text");
+    for text in [&html, &markdown] {
+        assert!(!text.contains("<script") && !text.contains('\u{202e}') && !text.contains("onerror=\"x\""));
+    }
+    assert_eq!(html.matches("</style>").count(), 1);
+    // A name does not make columns.
+    let mut want = None;
+    for line in markdown.lines() {
+        let columns = line.replace("\\|", "").matches('|').count();
+        match want {
+            Some(want) if line.starts_with("| ") => assert_eq!(columns, want, "{line}"),
+            _ => want = line.starts_with("| ").then_some(columns),
+        }
+    }
 }

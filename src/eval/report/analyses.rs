@@ -242,8 +242,8 @@ fn cka(path: &Path, found: Cka) -> Result<Grid> {
     })?;
     let first = found.layers.first().map_or("", String::as_str);
     let heads = [
-        ("Layer of the standard tower", false),
-        ("the robust tower’s same layer", true),
+        ("Layer", false),
+        ("its like in the robust tower", true),
         (&format!("the robust tower’s {first}"), true),
     ];
     let mut grid = Grid::simple("How alike the layers of the two towers are (CKA)", &heads, lines);

@@ -176,11 +176,15 @@ impl Grid {
             String::new()
         } else {
             format!(
-                "<div class=\"scroll figures\" role=\"region\" aria-label=\"{title}\" tabindex=\"0\">\n<table>\n\
+                "<div class=\"scroll figures grid\" role=\"region\" aria-label=\"{title}\" tabindex=\"0\">\n<table>\n\
                  <thead><tr>{head}</tr></thead>\n{body}</table>\n</div>\n"
             )
         };
         let drawings: String = self.drawings.iter().map(Drawing::html).collect();
+        let drawings = match self.drawings.len() {
+            0 | 1 => drawings,
+            _ => format!("<div class=\"plots\">\n{drawings}</div>\n"),
+        };
         format!(
             "<section aria-labelledby=\"{id}\">\n<{tag} id=\"{id}\">{title}</{tag}>\n{}{drawings}{table}{}</section>\n",
             words(&self.lead),
@@ -247,8 +251,11 @@ impl Drawing {
     fn html(&self) -> String {
         use base64::Engine;
         let data = base64::engine::general_purpose::STANDARD.encode(&self.svg);
+        // Without a width of its own a drawing would be as wide as the page.
+        let tag = self.svg.split(|&byte| byte == b'>').next().unwrap_or_default();
+        let small = if tag.windows(7).any(|part| part == b" width=") { "" } else { " small" };
         format!(
-            "<figure class=\"card drawing\">\n<div class=\"scroll\" role=\"region\" aria-label=\"{title}\" tabindex=\"0\">\
+            "<figure class=\"card drawing{small}\">\n<div class=\"scroll\" role=\"region\" aria-label=\"{title}\" tabindex=\"0\">\
              <img alt=\"{title}\" src=\"data:image/svg+xml;base64,{data}\"></div>\n\
              <figcaption>{title}</figcaption>\n</figure>\n",
             title = escape(&self.title),
