@@ -119,6 +119,7 @@ pub(super) struct Printed {
     pub unit: &'static str,
     pub dataset: String,
     pub task: String,
+    /// As the paper calls it.
     pub attack: Option<String>,
     pub eps: Option<Eps>,
     pub value: f64,
@@ -894,7 +895,7 @@ fn trained(runs: &[Run], ours: &[Ours], table: &Table, parameter: Parameter) -> 
         (format!("{} {parameter}{extra}", column.name), true)
     }));
     let foot = vec![format!(
-        "Right answers under attack at eps {}; the paper names no attack for this table, ours is named.",
+        "Right answers under attack, ours at eps {}; the paper names neither attack nor radius for this table.",
         table.eps.map(|eps| eps.to_string()).unwrap_or_default()
     )];
     finish(runs, table, heads, groups, foot, any_adaptive)
@@ -992,8 +993,15 @@ impl Beside {
                             .clone()
                             .or_else(|| table.tasks.first().cloned())
                             .unwrap_or_default(),
-                        attack: attack.first().cloned(),
-                        eps,
+                        attack: match attack.as_slice() {
+                            [] => None,
+                            _ if table.parameter.is_some() => Some("not named".into()),
+                            several if several.iter().any(|name| name == "autoattack") => {
+                                Some("autoattack".into())
+                            }
+                            [first, ..] => Some(first.clone()),
+                        },
+                        eps: eps.filter(|_| table.parameter.is_none()),
                         value: *value,
                     });
                 }
