@@ -71,21 +71,20 @@ fn pocket(number: usize, out: &Path) -> String {
     read(&table)
 }
 
-/// Rows of the report's CSV: its columns by name. Rows of the worst of several attacks, whose names have commas,
-/// are left out.
+/// Rows of the report's CSV: its columns by name.
 fn rows(number: usize, out: &Path, columns: &[&str]) -> Vec<Vec<String>> {
     let text = read(&out.join(format!("table{number}.csv")));
-    let mut lines = text.lines();
-    let names: Vec<&str> = lines.next().expect("a header").split(',').collect();
+    let mut reader = csv::Reader::from_reader(text.as_bytes());
+    let names = reader.headers().expect("a header").clone();
     let places: Vec<usize> = columns
         .iter()
-        .map(|column| names.iter().position(|name| name == column).expect("a column of that name"))
+        .map(|column| names.iter().position(|name| name == *column).expect("a column of that name"))
         .collect();
-    lines
-        .filter(|line| !line.contains('"'))
-        .map(|line| {
-            let fields: Vec<&str> = line.split(',').collect();
-            places.iter().map(|place| fields[*place].to_string()).collect()
+    reader
+        .records()
+        .map(|record| {
+            let record = record.expect("a row");
+            places.iter().map(|place| record[*place].to_string()).collect()
         })
         .collect()
 }
