@@ -46,6 +46,8 @@
 //! towers with gradients, text encoders, the defence, anchors and their training, attacks and
 //! scoring.
 #![deny(missing_docs)]
+// Which feature an item needs; docs.rs builds on nightly.
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod analyze;
 pub mod attack;
@@ -78,6 +80,11 @@ pub mod server {
 pub mod text;
 pub mod tower;
 pub mod train;
+
+/// The README's programs, which compile and run as the others here do.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
 
 pub use error::{Error, Result};
 

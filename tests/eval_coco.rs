@@ -234,6 +234,36 @@ fn adaptive_pictures_are_shown_to_the_model_they_were_made_for_alone() {
 }
 
 #[test]
+fn pictures_of_labelled_folders_are_found_by_their_names() {
+    let files = tempfile::tempdir().unwrap();
+    let attack = files.path().join("attack");
+    crafted("transfer", &attack);
+    let lines = std::fs::read_to_string(attack.join("items.jsonl")).unwrap();
+    let ids: Vec<String> = lines
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap()["id"].as_str().unwrap().to_string())
+        .collect();
+    // As `attack pgd` calls pictures of folders by classes.
+    let named = |of: &dyn Fn(usize) -> String| -> Vec<CraftedSet> {
+        let mut told = lines.clone();
+        for (i, id) in ids.iter().enumerate() {
+            told = told.replace(&format!("\"{id}\""), &format!("\"{}\"", of(i)));
+        }
+        std::fs::write(attack.join("items.jsonl"), told).unwrap();
+        CraftedSet::read(&attack).unwrap()
+    };
+    let sets = named(&|i| format!("class{}/{i}.jpg", i % 2));
+    assert_ne!(sets[0].picture("3.jpg").unwrap(), sets[0].picture("2.jpg").unwrap());
+    assert_eq!(sets[0].picture("3.jpg").unwrap(), sets[0].picture("class1/3.jpg").unwrap());
+    assert!(sets[0].picture("9.jpg").unwrap_err().to_string().contains("found none in"));
+    assert!(sets[0].picture("class0/3.jpg").is_err());
+    // Two of one name are none of them.
+    let sets = named(&|i| format!("class{i}/{}.jpg", i / 2));
+    assert!(sets[0].picture("1.jpg").unwrap_err().to_string().contains("found several in"));
+    assert!(sets[0].picture("class3/1.jpg").is_ok());
+}
+
+#[test]
 fn the_released_files_run_and_missing_pictures_are_no_failures() {
     let shared = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data/coco");
     if !shared.is_dir() {

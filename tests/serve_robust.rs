@@ -301,6 +301,16 @@ fn a_calibration_file_is_used_if_it_is_this_models() {
         assert_eq!(code, Some(2), "{more:?}: {said}");
         assert!(said.contains(what), "{more:?}: {said}");
     }
+    // Told before a model is loaded: there is none of this name.
+    let nowhere = ["--on-suspect", "log", "--model", "./no-such-model"];
+    let missing = folder.path().join("missing.json").display().to_string();
+    for (more, expected, what) in
+        [(["--suspect-share", "1.5"], 2, "--suspect-share"), (["--calibration", &missing], 1, "missing.json")]
+    {
+        let (code, said) = check(&[&nowhere[..], &more].concat());
+        assert_eq!(code, Some(expected), "{more:?}: {said}");
+        assert!(said.contains(what) && !said.contains("no-such-model"), "{more:?}: {said}");
+    }
 }
 
 #[test]

@@ -54,12 +54,7 @@ pgd() {
     shift
     evaluate "$OUT/crafted/$name" attack pgd --model "$MODEL" --data "$OUT/pictures" --device "$DEVICE" \
         --size "$SIZE" --eps "$EPS" --steps "$PGD_STEPS" "$@"
-    # It calls a picture `all/NAME`, and `eval coco` looks it up as NAME: a copy of the run that says so.
-    rm -rf "$OUT/crafted/$name-named"
-    cp -rl "$OUT/crafted/$name" "$OUT/crafted/$name-named"
-    rm "$OUT/crafted/$name-named/items.jsonl"
-    sed 's#"id":"all/#"id":"#' "$OUT/crafted/$name/items.jsonl" >"$OUT/crafted/$name-named/items.jsonl"
-    crafted=$crafted$OUT/crafted/$name-named,
+    crafted=$crafted$OUT/crafted/$name,
 }
 crafted=
 pgd transfer --threat transfer --anchor none

@@ -10,6 +10,32 @@
 //! - [`shapley`]: how much each head of the first block has to do with robustness.
 //!
 //! Each comes to an [`Analysis`], which is written as JSON, CSV and a figure.
+//!
+//! ```
+//! use candle_core::Device;
+//! use radapt::analyze::{Pair, Sample, Tokens, cka};
+//! use radapt::data::LabelledSet;
+//! use radapt::image::DecodeLimits;
+//! use radapt::model::{Lookup, Model};
+//! use radapt::pocket::Split;
+//!
+//! # fn main() -> radapt::Result<()> {
+//! let model = Model::find("pocket-clip", &Lookup::default())?;
+//! let preprocess = model.preprocess(None)?;
+//! let tower = model.tower(&preprocess, None, &Device::Cpu)?;
+//! // A tower against itself; an adversarially fine-tuned copy of it is what is of interest.
+//! let pair = Pair::new(tower.clone(), tower)?;
+//! let set = LabelledSet::pocket(Split::Test, 0, 8, preprocess.width)?;
+//! let limits = DecodeLimits::default();
+//! let sample = Sample { set: &set, limits, preprocess: &preprocess, device: &Device::Cpu };
+//! let options =
+//!     cka::Options { tokens: Tokens::Class, batch: 8, minibatch_only: true, seed: 0 };
+//! let (found, failed) = cka::cka(&pair, &sample, &options, &mut |_| {})?;
+//! assert!(failed.is_empty());
+//! # drop(found);
+//! # Ok(())
+//! # }
+//! ```
 
 pub mod attention;
 pub mod cka;

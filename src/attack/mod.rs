@@ -17,6 +17,52 @@
 //! Whatever an attack draws at random is keyed by the picture ([`Pictures`]), and a tower on a CPU
 //! is given one picture at a time, or is packed, so a picture's result does not depend on its
 //! batch.
+//!
+//! Pictures crafted on the undefended model are scored under `transfer`; nothing makes them adaptive:
+//!
+//! ```
+//! use candle_core::Device;
+//! use radapt::attack::{
+//!     Attack, Classification, Loss, Pgd, Pictures, Subject, ThreatKind, TowerClassifier, key,
+//! };
+//! use radapt::data::LabelledSet;
+//! use radapt::defense::DefenseOptions;
+//! use radapt::image::DecodeLimits;
+//! use radapt::model::{Lookup, Model};
+//! use radapt::pocket::Split;
+//! use radapt::text::ZeroShotHead;
+//!
+//! # fn main() -> radapt::Result<()> {
+//! let device = Device::Cpu;
+//! let model = Model::find("pocket-clip", &Lookup::default())?;
+//! let preprocess = model.preprocess(None)?;
+//!
+//! let set = LabelledSet::pocket(Split::Test, 0, 4, preprocess.width)?;
+//! let limits = DecodeLimits::default();
+//! let read = (0..4).map(|i| set.picture(i, &limits)).collect::<radapt::Result<Vec<_>>>()?;
+//! let keys = set.items().iter().map(|item| key(&item.id)).collect();
+//! let clean = Pictures::new(&preprocess.batch(&read, &device)?, keys)?;
+//! let labels: Vec<usize> = set.items().iter().map(|item| item.label).collect();
+//!
+//! let head = ZeroShotHead::new(&model.text(&device)?, set.classes(), &["a {class}."])?;
+//! let tower = model.tower(&preprocess, None, &device)?;
+//! let defense = DefenseOptions::default().build(&tower, || model.fingerprint())?;
+//! let subject = Subject::new("pocket-clip", &defense)?;
+//! let defended = TowerClassifier::new(tower.with(defense.inserts()), head.clone(), subject)?;
+//! let undefended = TowerClassifier::new(tower, head, Subject::undefended("pocket-clip"))?;
+//!
+//! let surrogate = Classification::new(&undefended, labels.clone())?;
+//! let target = Classification::new(&defended, labels)?;
+//! let clean_correct = target.correct(clean.pixels(), &[0, 1, 2, 3])?;
+//! let pgd = Pgd { steps: 2, ..Pgd::new("8/255".parse()?) }.on(Loss::CrossEntropy);
+//! let crafted = pgd.craft(&surrogate, &clean, 0, &mut |_| {})?;
+//!
+//! let scored = crafted.score(&target, ThreatKind::Transfer, &clean_correct)?;
+//! println!("{:?}: {:?} robust", scored.threat(), scored.robust());
+//! assert!(crafted.score(&target, ThreatKind::Adaptive, &clean_correct).is_err());
+//! # Ok(())
+//! # }
+//! ```
 
 mod apgd;
 mod apgd_csr;

@@ -17,7 +17,7 @@ use radapt::server::gate::{Gate, GateOptions};
 use radapt::server::intake::{FetchOptions, Intake, IntakeOptions};
 use radapt::server::keys::{KeyLimits, Keys};
 use radapt::server::listen::{ListenOptions, listen};
-use radapt::server::suspicion::{OnSuspect, WatchOptions};
+use radapt::server::suspicion::{OnSuspect, WatchOptions, check_share};
 use radapt::server::{Models, ServerOptions, bind, router, stop_signal};
 use serde_json::json;
 
@@ -128,6 +128,17 @@ impl RobustnessFlags {
         }
     }
 
+    /// What is wrong with the flags and can be told before a model is loaded.
+    fn check(&self) -> radapt::Result<()> {
+        check_share(self.suspect_share)?;
+        let given =
+            [("--calibration", self.calibration.is_some()), ("--calibrate", self.calibrate.is_some())];
+        if let (None, Some((flag, _))) = (self.needs_defense(), given.iter().find(|(_, given)| *given)) {
+            return Err(argument(flag, "--on-suspect or --compare to go with it", "neither"));
+        }
+        self.calibration.as_deref().map_or(Ok(()), |file| Calibration::open(file).map(drop))
+    }
+
     /// How pictures are watched, if they are.
     fn watch(
         &self,
@@ -136,13 +147,6 @@ impl RobustnessFlags {
         global: &Global,
     ) -> anyhow::Result<Option<WatchOptions>> {
         if self.needs_defense().is_none() {
-            for (flag, given) in
-                [("--calibration", self.calibration.is_some()), ("--calibrate", self.calibrate.is_some())]
-            {
-                if given {
-                    return Err(argument(flag, "--on-suspect or --compare to go with it", "neither").into());
-                }
-            }
             return Ok(None);
         }
         Ok(Some(WatchOptions {
@@ -353,6 +357,7 @@ impl Serve {
         let intake = self.gate.intake(limits);
         // What is wrong with it should not be found out after minutes of loading.
         Intake::new(intake.clone())?;
+        self.robustness.check()?;
         // As many as are let through at once.
         let sequences = NonZeroUsize::new(self.gate.in_flight as usize);
         let defense = self.defense.options();

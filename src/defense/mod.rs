@@ -2,6 +2,36 @@
 //!
 //! R-Adapt (arXiv 2603.12799), Section 4. Nothing here changes a weight: [`Gif`] filters the
 //! picture, [`Fra`] mixes an [`Anchor`] into the first block's attention output.
+//!
+//! ```
+//! use candle_core::Device;
+//! use radapt::defense::{AnchorChoice, DefenseOptions, Gif, default_cutoff};
+//! use radapt::model::{Lookup, Model};
+//!
+//! # fn main() -> radapt::Result<()> {
+//! let model = Model::find("pocket-clip", &Lookup::default())?;
+//! let preprocess = model.preprocess(None)?;
+//! let tower = model.tower(&preprocess, None, &Device::Cpu)?;
+//!
+//! // Without options: GIF, and an anchor from a white picture at the paper's alpha and beta.
+//! let defense = DefenseOptions::default().build(&tower, || model.fingerprint())?;
+//! println!("{}", defense.summary().expect("there is one"));
+//!
+//! // A trained anchor instead: a file's path, or a built-in one's name. Its own alpha, beta and
+//! // cutoff hold where none are given.
+//! let anchor = AnchorChoice::File("pocket-8-adaptive".into());
+//! let trained = DefenseOptions { anchor, ..Default::default() };
+//! let robust = tower.with(trained.build(&tower, || model.fingerprint())?.inserts());
+//!
+//! // GIF is nothing but a filter on pixels (B, 3, H, W), and keeps one colour as it is.
+//! let gif = Gif::new(96, 96, default_cutoff(96), &Device::Cpu)?;
+//! let grey = (candle_core::Tensor::ones((1, 3, 96, 96), candle_core::DType::F32, &Device::Cpu)? * 0.5)?;
+//! let change = (gif.filter(&grey)? - &grey)?.abs()?.max_all()?.to_scalar::<f32>()?;
+//! assert!(change < 1e-5);
+//! # drop(robust);
+//! # Ok(())
+//! # }
+//! ```
 
 pub mod acquire;
 pub mod anchor;

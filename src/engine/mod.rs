@@ -3,6 +3,24 @@
 //! This is the only room that names mistral.rs. A picture is prepared by [`crate::image`], so the
 //! engine's own resizing is the identity; the tower is [`crate::tower`]'s, defended or not, and
 //! holds its weights once.
+//!
+//! ```
+//! use candle_core::Device;
+//! use radapt::engine::{Engine, EngineOptions, Sampling, Turn};
+//! use radapt::model::{Lookup, Model};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # tokio::runtime::Runtime::new()?.block_on(async {
+//! // The defence is on unless `EngineOptions::defense` says otherwise.
+//! let model = Model::find("pocket", &Lookup::default())?;
+//! let engine = Engine::load(model, EngineOptions::new(Device::Cpu)).await?;
+//! let question = Turn::of_pictures("What is in the picture?", vec![image::RgbImage::new(96, 96)]);
+//! let answer = engine.answer(&[question], &Sampling { max_tokens: 4, ..Default::default() }).await?;
+//! println!("{} ({})", answer.text, engine.defense().expect("defended"));
+//! # Ok(())
+//! # })
+//! # }
+//! ```
 
 mod choose;
 mod config;

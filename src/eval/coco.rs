@@ -74,6 +74,10 @@ pub struct CraftedSet {
     /// By the picture's name: its file.
     #[serde(skip)]
     pictures: HashMap<String, PathBuf>,
+    /// By the last part of names such as `CLASS/NAME`, which labelled pictures have and words about
+    /// them do not; `None` where several end in it.
+    #[serde(skip)]
+    last_parts: HashMap<String, Option<PathBuf>>,
 }
 
 /// What is read of a line of a run of `radapt attack`.
@@ -148,6 +152,7 @@ impl CraftedSet {
                             through: (found.threat == Threat::Adaptive).then(|| own.clone()),
                             size: (side("height"), side("width")),
                             pictures: HashMap::new(),
+                            last_parts: HashMap::new(),
                         });
                         sets.len() - 1
                     }
@@ -159,7 +164,12 @@ impl CraftedSet {
                     return Err(Error::config(folder.join("items.jsonl"), reason));
                 }
                 if let Some(set) = sets.get_mut(place) {
-                    set.pictures.insert(file_of(&line.id), folder.join(beside));
+                    let name = file_of(&line.id);
+                    if let Some((_, last)) = name.rsplit_once('/') {
+                        let entry = set.last_parts.entry(last.to_string());
+                        entry.and_modify(|file| *file = None).or_insert(Some(folder.join(beside)));
+                    }
+                    set.pictures.insert(name, folder.join(beside));
                 }
             }
         }
@@ -209,8 +219,14 @@ impl CraftedSet {
     /// # Errors
     /// If there is none.
     pub fn picture(&self, name: &str) -> Result<&Path> {
-        self.pictures.get(&file_of(name)).map(PathBuf::as_path).ok_or_else(|| {
-            let found = format!("none in `{}`", self.folder.display());
+        let name_of = file_of(name);
+        let other = match self.last_parts.get(&name_of) {
+            Some(Some(file)) => Ok(file.as_path()),
+            Some(None) => Err("several"),
+            None => Err("none"),
+        };
+        self.pictures.get(&name_of).map_or(other, |file| Ok(file)).map_err(|many| {
+            let found = format!("{many} in `{}`", self.folder.display());
             Error::argument("adversarial picture", format!("one of `{name}`"), found)
         })
     }

@@ -117,17 +117,26 @@ impl Calibration {
     /// Reads a file, for the model with its defence.
     ///
     /// # Errors
-    /// If it cannot be read, is damaged, of another version, or of another model or defence.
+    /// As [`Calibration::open`], and if it is of another model or defence.
     pub fn read(path: &Path, subject: &Subject) -> Result<Self> {
+        let found = Self::open(path)?;
+        if found.subject.digest != subject.digest {
+            let reason = format!("made for {}, not for {subject}", found.subject);
+            return Err(Error::config(path, reason));
+        }
+        Ok(found)
+    }
+
+    /// Reads a file, whatever model it is for.
+    ///
+    /// # Errors
+    /// If it cannot be read, is damaged or of another version.
+    pub fn open(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(|e| Error::read(path, e))?;
         let found: Self = serde_json::from_str(&text).map_err(|e| Error::config(path, e.to_string()))?;
         if found.schema_version != Self::VERSION {
             let (expected, found) = (Self::VERSION, found.schema_version);
             return Err(Error::config(path, format!("schema_version: expected {expected}, found {found}")));
-        }
-        if found.subject.digest != subject.digest {
-            let reason = format!("made for {}, not for {subject}", found.subject);
-            return Err(Error::config(path, reason));
         }
         Self::new(found.subject, &found.dataset, found.scores).map_err(|e| Error::config(path, e.to_string()))
     }

@@ -3,6 +3,46 @@
 //! Every request passes [`gate`] (keys, limits, time), pictures come in through [`intake`] alone, and
 //! [`listen`] holds the sockets. No request can make the server read a file, nor fetch anything but
 //! pictures of the hosts that its own host has allowed.
+//!
+//! The same as `radapt serve`, until Ctrl-C:
+//!
+//! ```no_run
+//! use std::sync::Arc;
+//!
+//! use candle_core::Device;
+//! use radapt::engine::{Engine, EngineOptions};
+//! use radapt::model::{Lookup, Model};
+//! use radapt::server::gate::{Gate, GateOptions};
+//! use radapt::server::intake::IntakeOptions;
+//! use radapt::server::listen::{ListenOptions, listen};
+//! use radapt::server::{Models, ServerOptions, router};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # tokio::runtime::Runtime::new()?.block_on(async {
+//! let model = Model::find("pocket", &Lookup::default())?;
+//! let defended = Engine::load(model, EngineOptions::new(Device::Cpu)).await?;
+//! let options = ServerOptions {
+//!     name: "pocket".into(),
+//!     intake: IntakeOptions::default(),
+//!     max_tokens: 512,
+//!     max_pictures: 8,
+//!     max_choices: 4,
+//!     watch: None,
+//!     perturb: false,
+//!     playground: true,
+//!     samples: true,
+//! };
+//! let gate = Arc::new(Gate::new(GateOptions::default(), None));
+//! let routes = router(Models { defended, undefended: None }, options, gate.clone())?;
+//! let listener = tokio::net::TcpListener::bind("127.0.0.1:8080").await?;
+//! let stop = async {
+//!     let _ = tokio::signal::ctrl_c().await;
+//! };
+//! listen(listener, routes, gate, ListenOptions::default(), stop).await;
+//! # Ok(())
+//! # })
+//! # }
+//! ```
 
 mod api;
 mod chat;

@@ -71,6 +71,17 @@ pub struct Watch {
     metrics: Arc<Metrics>,
 }
 
+/// That a share of clean pictures is one.
+///
+/// # Errors
+/// If it is not within (0, 1).
+pub fn check_share(share: f64) -> crate::Result<()> {
+    if share > 0.0 && share < 1.0 {
+        return Ok(());
+    }
+    Err(Error::argument("--suspect-share", "a share in (0, 1)", share))
+}
+
 impl Watch {
     /// With a defended tower and the undefended one.
     ///
@@ -78,9 +89,7 @@ impl Watch {
     /// If the clean pictures are too few for the share asked for, or there are none where something
     /// is to be done.
     pub fn new(detector: Detector, options: WatchOptions, metrics: Arc<Metrics>) -> crate::Result<Self> {
-        if !(options.share > 0.0 && options.share < 1.0) {
-            return Err(Error::argument("--suspect-share", "a share in (0, 1)", options.share));
-        }
+        check_share(options.share)?;
         let threshold = options.calibration.as_ref().map(|clean| clean.threshold(options.share));
         match threshold {
             None if options.on_suspect.is_some() => {

@@ -7,6 +7,50 @@
 //! A training lives in a folder ([`Training::run`]): the prepared and the crafted pictures, and
 //! its state after every so many steps. Killed and begun again it goes on, and ends in the same
 //! anchor to the byte.
+//!
+//! ```
+//! use candle_core::Device;
+//! use radapt::data::LabelledSet;
+//! use radapt::defense::{acquire::training_free, default_cutoff};
+//! use radapt::image::DecodeLimits;
+//! use radapt::model::{Lookup, Model};
+//! use radapt::pocket::Split;
+//! use radapt::text::ZeroShotHead;
+//! use radapt::train::{Goal, Plan, Training, TrainingSet};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let model = Model::find("pocket-clip", &Lookup::default())?;
+//! let preprocess = model.preprocess(None)?;
+//! let tower = model.tower(&preprocess, None, &Device::Cpu)?;
+//! let set = LabelledSet::pocket(Split::Train, 0, 4, preprocess.width)?;
+//! let head = ZeroShotHead::new(&model.text(&Device::Cpu)?, set.classes(), &["a {class}."])?;
+//!
+//! let mut plan = Plan { epochs: 1, batch: 4, ..Plan::paper(default_cutoff(96)) };
+//! plan.settings.steps = Some(1);
+//! let training = Training {
+//!     plan,
+//!     tower: &tower,
+//!     craft: None,
+//!     model: model.name.clone(),
+//!     goal: Goal::CrossEntropy { head: &head },
+//!     initial: training_free(&tower)?,
+//!     data: TrainingSet {
+//!         set: &set,
+//!         held_out: None,
+//!         limits: DecodeLimits::default(),
+//!         preprocess: &preprocess,
+//!     },
+//!     save_every: 20,
+//!     pictures: None,
+//!     others: Vec::new(),
+//! };
+//! let folder = tempfile::tempdir()?;
+//! let decides = training.decides(serde_json::json!({ "digest": model.digest()? }))?;
+//! let trained = training.run(folder.path(), decides, true, &mut |_| {})?;
+//! assert_eq!(trained.anchor.dims(), training.initial.dims());
+//! # Ok(())
+//! # }
+//! ```
 
 mod goal;
 mod optimizer;
