@@ -6,12 +6,15 @@ use std::process::ExitCode;
 use clap::{Args, Subcommand};
 use radapt::defense::acquire::training_free;
 use radapt::defense::{self, AnchorMeta, Method};
+use radapt::eval::Row;
 use radapt::image::Contract;
 use radapt::model::Model;
 use radapt::tower::{Insertable, TowerSpec};
 use serde_json::{Map, Value, json};
 
+use super::anchor_train::distance_line;
 use super::options::{ModelOptions, Size, sizes};
+use super::row_table::row_table;
 use super::{Global, print};
 
 #[derive(Args)]
@@ -76,7 +79,7 @@ impl Anchor {
             Command::Train(train) => train.run(global),
             Command::Show { file } => {
                 let anchor = defense::Anchor::find(&file)?;
-                print(global, Value::Object(fields(&anchor)?), &table(&anchor)?)?;
+                print(global, Value::Object(fields(&anchor)?), &table(&anchor))?;
                 Ok(ExitCode::SUCCESS)
             }
             Command::Check(check) => check.run(global),
@@ -192,8 +195,44 @@ pub fn fields(anchor: &defense::Anchor) -> radapt::Result<Map<String, Value>> {
     Ok(fields)
 }
 
-fn table(anchor: &defense::Anchor) -> radapt::Result<String> {
+/// The same for people: what is JSON in the file is lines of its own, the figures last.
+fn table(anchor: &defense::Anchor) -> String {
     let mut lines = vec![format!("{:22} {:?}", "shape", anchor.values.dims())];
-    lines.extend(anchor.meta.entries().into_iter().map(|(key, value)| format!("{key:22} {value}")));
-    Ok(lines.join("\n"))
+    let mut figures = Vec::new();
+    for (key, value) in anchor.meta.entries() {
+        let said = match key.strip_prefix("radapt.") {
+            Some("losses") => serde_json::from_str(&value).ok().map(losses),
+            Some("validation") => serde_json::from_str(&value).ok().map(validation),
+            _ => None,
+        };
+        match said {
+            Some(said) => figures.push(format!("\n{key}\n{said}")),
+            None => lines.push(format!("{key:22} {value}")),
+        }
+    }
+    lines.extend(figures);
+    lines.join("\n")
+}
+
+/// A line per epoch.
+fn losses(epochs: Vec<Value>) -> String {
+    let loss = |value: &Value| value.as_f64().map_or("-".to_string(), |loss| format!("{loss:.4}"));
+    let mut lines = vec![format!("{:>5} {:>8} {:>9}", "epoch", "training", "held out")];
+    lines.extend(epochs.iter().map(|epoch| {
+        format!(
+            "{:>5} {:>8} {:>9}",
+            epoch["epoch"].to_string(),
+            loss(&epoch["train"]),
+            loss(&epoch["held_out"])
+        )
+    }));
+    lines.join("\n")
+}
+
+/// A line per figure, of robust accuracy or, for anchors trained on features, of their distances.
+fn validation(rows: Vec<Value>) -> String {
+    match rows.iter().cloned().map(serde_json::from_value).collect::<Result<Vec<Row>, _>>() {
+        Ok(rows) => row_table(&rows),
+        Err(_) => rows.iter().map(distance_line).collect::<Vec<_>>().join("\n"),
+    }
 }

@@ -450,7 +450,7 @@ impl Train {
             None => Vec::new(),
             Some(set) if ground.clip.is_none() => {
                 let rows = distances(&ground, &training, &trained, set, &mut told)?;
-                rows.iter().for_each(|row| say_distance(global, row));
+                rows.iter().for_each(|row| global.say(format_args!("{}", distance_line(row))));
                 rows
             }
             Some(set) => {
@@ -673,7 +673,7 @@ fn distances<T: Insertable>(
 }
 
 /// A line about a row of [`distances`].
-fn say_distance(global: &Global, row: &Value) {
+pub fn distance_line(row: &Value) -> String {
     let text = |key: &str| row[key].as_str().unwrap_or_default().to_string();
     let attacked = match row["threat"].as_str() {
         None => "clean".to_string(),
@@ -681,11 +681,11 @@ fn say_distance(global: &Global, row: &Value) {
     };
     let size = row["size"].as_str().map(|size| format!(" at {size}")).unwrap_or_default();
     let value = row["value"].as_f64().unwrap_or_default();
-    global.say(format_args!(
+    format!(
         "{}{size}, {attacked}: {value:.4} from the undefended model's clean features (n = {})",
         text("defense"),
         row["n"]
-    ));
+    )
 }
 
 /// A line about an epoch, its attacked figure with its threat model.
