@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use candle_core::{DType, Device};
 use clap::{Args, ValueEnum};
-use radapt::attack::{Eps, Feature, Named, Settings, Subject, ThreatKind};
+use radapt::attack::{Eps, Feature, Named, Settings, Subject, Threat, ThreatKind};
 use radapt::data::{LabelledSet, registry};
 use radapt::defense::acquire::training_free;
 use radapt::defense::{self, AnchorMeta, Defense, default_cutoff};
@@ -504,7 +504,7 @@ impl Train {
         json.insert("epoch".into(), trained.epoch.into());
         json.insert("stopped".into(), trained.stopped.into());
         json.insert("steps".into(), trained.steps.iter().map(|step| step.loss).collect::<Vec<_>>().into());
-        json.insert("epochs".into(), serde_json::to_value(&trained.epochs)?);
+        json.insert("epochs".into(), epochs(&trained.epochs, &training.plan, &ground.model.name)?);
         json.insert("rows".into(), rows.into());
         let defects =
             trained.defects.iter().map(|defect| json!({ "id": defect.id, "reason": defect.reason }));
@@ -670,6 +670,29 @@ fn distances<T: Insertable>(
         }
     }
     Ok(rows)
+}
+
+/// The epochs' figures as JSON. Each of pictures under attack gets the attack and the threat model, which
+/// the training has once for all of them: no such figure stands alone.
+fn epochs(epochs: &[Epoch], plan: &Plan, model: &str) -> serde_json::Result<Value> {
+    let threat = match plan.examples {
+        Examples::Static => Threat::Transfer { surrogate: model.into() },
+        Examples::Adaptive => Threat::Adaptive,
+    };
+    let mut json = serde_json::to_value(epochs)?;
+    for epoch in json.as_array_mut().into_iter().flatten() {
+        for part in ["train", "held_out"] {
+            let Some(fields) = epoch[part].as_object_mut() else { continue };
+            if fields.get("adversarial").is_some_and(Value::is_number) {
+                fields.insert("attack".into(), plan.attack.as_str().into());
+                fields.insert("eps".into(), serde_json::to_value(plan.eps)?);
+                if let Value::Object(threat) = serde_json::to_value(&threat)? {
+                    fields.extend(threat);
+                }
+            }
+        }
+    }
+    Ok(json)
 }
 
 /// A line about a row of [`distances`].

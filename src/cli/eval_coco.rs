@@ -131,10 +131,12 @@ impl CocoCommand {
             batch: self.batch as usize,
             seed: global.seed,
         };
-        let llm = self.judge.llm(Some(&self.out.join("judge.jsonl")))?;
+        // A judge that cannot be asked is said before there is a run; its verdicts are kept in the run's folder.
+        self.judge.llm(None)?;
         let decides = coco.decides(speakers.decides()?);
         let manifest = Manifest::new(decides, self.shard, coco.items(self.shard));
         let mut run = Run::open(&self.out, manifest, self.resume)?;
+        let llm = self.judge.llm(Some(&self.out.join("judge.jsonl")))?;
         let bar = global.bar("", 0);
         let summary = coco.run(&mut run, &mut |i| speakers.load(i), llm.as_ref(), &mut |done| {
             bar.set_length(done.of as u64);

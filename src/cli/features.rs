@@ -14,7 +14,7 @@ use safetensors::tensor::TensorView;
 use serde_json::json;
 
 use super::options::{DefenseFlags, ModelOptions, PictureLimits};
-use super::{Global, print};
+use super::{Global, SCHEMA_VERSION, print};
 
 /// What the file holds, for `--help`.
 const FILE: &str = "The file holds, in f32: `pixels` (B, 3, H, W) in [0, 1] as they were prepared, before \
@@ -92,6 +92,7 @@ impl Features {
             tensors.push((name, whole.dims().to_vec(), bytes));
         }
         let mut about = json!({
+            "schema_version": SCHEMA_VERSION,
             "model": model.name,
             "contract": preprocess.contract.to_string(),
             "defense": defense.summary(),
