@@ -32,7 +32,8 @@ pub struct ModelOptions {
     /// cpu, cuda, cuda:N or metal
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: String,
-    /// The dtype weights are held in; f32 on a CPU and bf16 elsewhere where not given
+    /// The dtype weights are held in; f32 where not given, but bf16 of a language model that is not on a
+    /// CPU
     #[arg(long, value_name = "DTYPE")]
     pub dtype: Option<Dtype>,
 }
@@ -54,17 +55,7 @@ impl ModelOptions {
     }
 
     pub fn device(&self) -> Result<Device> {
-        let number = |text: &str| text.parse::<usize>().ok();
-        let device = match self.device.split_once(':') {
-            None if self.device == "cpu" => Ok(Device::Cpu),
-            None if self.device == "cuda" => Device::new_cuda(0),
-            None if self.device == "metal" => Device::new_metal(0),
-            Some(("cuda", n)) if number(n).is_some() => Device::new_cuda(number(n).unwrap_or(0)),
-            _ => return Err(argument("--device", "cpu, cuda, cuda:N or metal", &self.device)),
-        };
-        device.map_err(|e| {
-            argument("--device", "a device this build can use", &format!("{}: {e}", self.device))
-        })
+        device(&self.device)
     }
 
     pub fn dtype(&self) -> Option<DType> {
@@ -74,6 +65,19 @@ impl ModelOptions {
             Dtype::Bf16 => DType::BF16,
         })
     }
+}
+
+/// The device of that name.
+pub fn device(name: &str) -> Result<Device> {
+    let number = |text: &str| text.parse::<usize>().ok();
+    let device = match name.split_once(':') {
+        None if name == "cpu" => Ok(Device::Cpu),
+        None if name == "cuda" => Device::new_cuda(0),
+        None if name == "metal" => Device::new_metal(0),
+        Some(("cuda", n)) if number(n).is_some() => Device::new_cuda(number(n).unwrap_or(0)),
+        _ => return Err(argument("--device", "cpu, cuda, cuda:N or metal", name)),
+    };
+    device.map_err(|e| argument("--device", "a device this build can use", &format!("{name}: {e}")))
 }
 
 /// The split that `--data` names of the pocket world; `None` for other data.
