@@ -629,7 +629,7 @@ fn attacks_on_features_resized_pictures_and_values_are_the_cpu_s() {
     };
     let want = run(&Device::Cpu);
     for place in &places {
-        let found = place.run(&run);
+        let found = place.run(run);
         let apart = |(a, b): (&f64, &f64)| (a - b).abs() / b.abs().max(0.1);
         let mut all: Vec<f64> = found.iter().zip(&want).map(apart).collect();
         all.sort_by(f64::total_cmp);

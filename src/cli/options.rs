@@ -1,6 +1,7 @@
 //! Flags that several commands share. They mean the same everywhere.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use candle_core::{DType, Device};
 use clap::{Args, ValueEnum};
@@ -67,8 +68,20 @@ impl ModelOptions {
     }
 }
 
-/// The device of that name.
+/// The device of that name, the same each time it is asked for: tensors of two handles to one Metal
+/// device do not go together, and each handle to a CUDA device has libraries of its own.
 pub fn device(name: &str) -> Result<Device> {
+    static OPEN: Mutex<Vec<(String, Device)>> = Mutex::new(Vec::new());
+    let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, device)) = open.iter().find(|(known, _)| known == name) {
+        return Ok(device.clone());
+    }
+    let device = new_device(name)?;
+    open.push((name.into(), device.clone()));
+    Ok(device)
+}
+
+fn new_device(name: &str) -> Result<Device> {
     let number = |text: &str| text.parse::<usize>().ok();
     let device = match name.split_once(':') {
         None if name == "cpu" => Ok(Device::Cpu),
