@@ -1,96 +1,98 @@
 """`radapt bench attack` and PyTorch in turn, on the same shapes: the attack step and its peak memory.
 
     pip install torch==2.15.0 transformers==5.23.0
-    python benches/attack_vs_pytorch.py --radapt target/release/radapt [--pairs 5] [--repeats 3]
+    python benches/attack_vs_pytorch.py --radapt target/release/radapt [--pairs 5] [--repeats 3] [--device cuda]
 
 Every figure comes from a process of its own, ours and PyTorch's alternate strictly (machines drift), and ratios are
 taken within a pair. A step is a forward pass and the gradient of the embeddings' squared length at the pixels,
-weights frozen and random. "Ten steps" is ten of them and one f32 forward pass that verifies the result: ours crafts
-in bf16 and verifies in f32; PyTorch's do both in f32, or the steps in bf16 and the verification in f32.
-Prints Markdown tables; the medians over the pairs.
+weights frozen and random; of Qwen3-VL's tower, of all that the language model reads. PyTorch's attention is its fused
+one (SDPA). "Ten steps" is ten of them and one f32 forward pass that verifies the result: ours crafts in bf16 and
+verifies in f32; PyTorch's do both in f32, or the steps in bf16 and the verification in f32.
+Prints Markdown tables; the medians over the pairs. Memory is the process's on the CPU, and the device's elsewhere.
 """
 
 import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
-import time
 
-SHAPES = {
-    "vit-b-16-224": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=16, projection_dim=512),
-    "vit-l-14-336": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14, projection_dim=768),
-}
+from device import CLIP, QWEN, clip, median_ms, output, peak_rss_mb, qwen
 
 
-def peer(shape, dtype, batch, repeats):
+def peer(shape, dtype, batch, repeats, device):
     """PyTorch's figures, in this process."""
-    import resource
-
     import torch
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    torch.set_num_threads(os.cpu_count())
-    torch.manual_seed(0)
-    config = CLIPVisionConfig(hidden_act="quick_gelu", **SHAPES[shape])
-    model = CLIPVisionModelWithProjection(config).eval().requires_grad_(False).to(getattr(torch, dtype))
-    pixels = torch.rand(batch, 3, config.image_size, config.image_size)
+    if shape == QWEN:
+        model = qwen(device, dtype)
+        side, patch, merge, frames = 448, 16, 2, 2
+        grid = torch.tensor([[1, side // patch, side // patch]] * batch, device=device)
+
+        def embeddings(x):
+            n = side // patch // merge
+            x = x.unsqueeze(1).repeat(1, frames, 1, 1, 1).reshape(batch, frames, 3, n, merge, patch, n, merge, patch)
+            x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 3 * frames * patch**2)
+            found = model(x.to(model.dtype), grid_thw=grid)
+            return torch.stack([found.pooler_output, *found.deepstack_features])
+
+    else:
+        model = clip(shape, device, dtype)
+        side = model.config.image_size
+
+        def embeddings(x):
+            return model(pixel_values=x.to(model.dtype)).image_embeds
+
+    pixels = torch.rand(batch, 3, side, side).to(device)
 
     def forward():
         with torch.no_grad():
-            model(pixel_values=pixels.to(model.dtype))
+            embeddings((pixels - 0.5) / 0.25)
 
     def step():
         x = pixels.clone().requires_grad_()
-        model(pixel_values=x.to(model.dtype)).image_embeds.float().pow(2).sum().backward()
+        embeddings((x - 0.5) / 0.25).float().pow(2).sum().backward()
 
-    def median_ms(run):
-        run()
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times) * 1e3
-
-    found = {"forward": median_ms(forward), "step": median_ms(step)}
-    found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1.024e-3
-    print(json.dumps(found))
+    found = {"forward": median_ms(forward, repeats, device), "step": median_ms(step, repeats, device)}
+    print(json.dumps({**found, "peak": peak_rss_mb()}))
 
 
-def output(command):
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+def ours(options, shape, dtype, batch):
+    command = [options.radapt, "bench", "attack", "--json", "--quiet", "--shape", shape, "--dtype", dtype]
+    command += ["--batch", str(batch), "--repeats", str(options.repeats), "--device", options.device]
+    found, device_mb = output(command, options.device)
+    rows = found["rows"]
+    times = {row["name"]: row["median_ms"] for row in rows}
+    peak = rows[0]["peak_rss_mb"] if device_mb is None else device_mb
+    return {"forward": times.get("forward", times.get("verify")), "step": times["step"], "peak": peak}
 
 
-def ours(radapt, shape, dtype, batch, repeats):
-    command = [radapt, "bench", "attack", "--json", "--quiet", "--shape", shape, "--dtype", dtype]
-    rows = output([*command, "--batch", str(batch), "--repeats", str(repeats)])["rows"]
-    found = {row["name"]: row["median_ms"] for row in rows}
-    return {"forward": found.get("forward", found.get("verify")), "step": found["step"], "peak": rows[0]["peak_rss_mb"]}
-
-
-def theirs(shape, dtype, batch, repeats):
+def theirs(options, shape, dtype, batch):
     dtype = {"f32": "float32", "bf16": "bfloat16"}[dtype]
-    return output([sys.executable, __file__, "--peer", shape, dtype, str(batch), str(repeats)])
+    command = [sys.executable, __file__, "--peer", shape, dtype, str(batch), str(options.repeats)]
+    found, device_mb = output([*command, "--device", options.device], options.device)
+    return found if device_mb is None else {**found, "peak": device_mb}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--radapt", default="target/release/radapt")
-    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--shapes", default=",".join(CLIP), help=f"of {', '.join([*CLIP, QWEN])}")
     parser.add_argument("--batch", default="1,4")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N, for both sides")
     parser.add_argument("--peer", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peer:
         shape, dtype, batch, repeats = options.peer
-        return peer(shape, dtype, int(batch), int(repeats))
+        return peer(shape, dtype, int(batch), int(repeats), options.device)
 
     def median(values, digits=2):
         return f"{statistics.median(values):.{digits}f}"
 
+    # A device's steps take few milliseconds.
+    digits = 0 if options.device == "cpu" else 1
     steps, tens = [], []
     for shape in options.shapes.split(","):
         for batch in map(int, options.batch.split(",")):
@@ -98,10 +100,10 @@ def main():
             for pair in range(options.pairs):
                 found = {}
                 for dtype in ("f32", "bf16"):
-                    found["ours", dtype] = ours(options.radapt, shape, dtype, batch, options.repeats)
-                    found["theirs", dtype] = theirs(shape, dtype, batch, options.repeats)
+                    found["ours", dtype] = ours(options, shape, dtype, batch)
+                    found["theirs", dtype] = theirs(options, shape, dtype, batch)
                 pairs.append(found)
-                told = {" ".join(key): {name: round(ms) for name, ms in value.items()} for key, value in found.items()}
+                told = {" ".join(key): {name: round(ms, digits) for name, ms in value.items()} for key, value in found.items()}
                 print(shape, batch, pair, json.dumps(told), f"load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
 
             def each(who, dtype, what):
@@ -118,12 +120,12 @@ def main():
                 mine, peers = each("ours", dtype, "step"), each("theirs", dtype, "step")
                 memory = each("ours", dtype, "peak"), each("theirs", dtype, "peak"), each("theirs", "f32", "peak")
                 steps.append(
-                    f"| {shape} | {batch} | {dtype} | {median(mine, 0)} | {median(peers, 0)} | {median(ratio(peers, mine))} "
+                    f"| {shape} | {batch} | {dtype} | {median(mine, digits)} | {median(peers, digits)} | {median(ratio(peers, mine))} "
                     f"| {median(memory[0], 0)} | {median(memory[1], 0)} | {median(ratio(memory[0], memory[1]))} | {median(ratio(memory[0], memory[2]))} |"
                 )
             mine = ten("ours", "bf16")
             tens.append(
-                f"| {shape} | {batch} | {median(mine, 0)} | {median(ten('theirs', 'f32'), 0)} | {median(ten('theirs', 'bf16'), 0)} "
+                f"| {shape} | {batch} | {median(mine, digits)} | {median(ten('theirs', 'f32'), digits)} | {median(ten('theirs', 'bf16'), digits)} "
                 f"| {median(ratio(ten('theirs', 'f32'), mine))} | {median(ratio(ten('theirs', 'bf16'), mine))} |"
             )
     print(

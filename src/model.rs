@@ -205,18 +205,16 @@ impl Model {
         Checkpoint::open(&self.folder)
     }
 
-    /// Loads its vision tower, undefended. `dtype` is what the weights are held in; where not given
-    /// f32 on a CPU, which would widen half precision each time it is used, and as stored elsewhere.
+    /// Loads its vision tower, undefended. `dtype` is what the weights are held in, f32 where not
+    /// given: what a figure or an anchor is of should not depend on the device. In half precision a
+    /// GPU computes in half precision; a CPU would widen the weights each time they are used.
     ///
     /// # Errors
     /// If the configuration or a weight is missing or wrong.
     pub fn tower(&self, preprocess: &Preprocess, dtype: Option<DType>, device: &Device) -> Result<Clip> {
         let checkpoint = self.checkpoint()?;
         let tower = Clip::load(&checkpoint, &self.tower_config()?, preprocess.mean, preprocess.std, device)?;
-        match dtype.or(device.is_cpu().then_some(DType::F32)) {
-            Some(dtype) => tower.to_dtype(dtype),
-            None => Ok(tower),
-        }
+        tower.to_dtype(dtype.unwrap_or(DType::F32))
     }
 
     /// Loads its vision tower, a Qwen-VL's, undefended, as [`Model::tower`] does a CLIP's.
@@ -226,10 +224,7 @@ impl Model {
     pub fn qwen(&self, preprocess: &Preprocess, dtype: Option<DType>, device: &Device) -> Result<Qwen> {
         let checkpoint = self.checkpoint()?;
         let tower = Qwen::load(&checkpoint, &self.qwen_config()?, preprocess.mean, preprocess.std, device)?;
-        match dtype.or(device.is_cpu().then_some(DType::F32)) {
-            Some(dtype) => tower.to_dtype(dtype),
-            None => Ok(tower),
-        }
+        tower.to_dtype(dtype.unwrap_or(DType::F32))
     }
 
     /// Loads a CLIP's tokenizer and text encoder, held in f32.

@@ -375,7 +375,7 @@ pub trait Findings: Serialize {
     fn table(&self) -> String;
 }
 
-/// What an analysis found, with all that it depends on; the same seed gives the same bytes.
+/// What an analysis found, with all that it depends on; on a CPU the same seed gives the same bytes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Analysis<T> {
     /// [`VERSION`].

@@ -2,6 +2,7 @@ use candle_core::{D, DType, Tensor};
 
 use super::{Classifier, Subject};
 use crate::text::ZeroShotHead;
+use crate::tower::layers::on_host;
 use crate::tower::{Cotangent, Features, VisionTower, Want, Wrt};
 use crate::{Error, Result};
 
@@ -212,7 +213,7 @@ impl<T: VisionTower, H: Head> Classifier for TowerClassifier<T, H> {
 /// product's bits depend on how many it is given.
 fn each(embeds: &Tensor, f: impl Fn(&Tensor, usize) -> Result<Tensor>) -> Result<Tensor> {
     let batch = embeds.dim(0)?;
-    if batch == 1 || !embeds.device().is_cpu() {
+    if batch == 1 || !on_host(embeds.device()) {
         return f(embeds, 0);
     }
     let parts = (0..batch).map(|row| f(&embeds.narrow(0, row, 1)?, row)).collect::<Result<Vec<_>>>()?;

@@ -16,7 +16,8 @@
 //!
 //! Whatever an attack draws at random is keyed by the picture ([`Pictures`]), and a tower on a CPU
 //! is given one picture at a time, or is packed, so a picture's result does not depend on its
-//! batch.
+//! batch. On a GPU several go through together, and its last bits do: the same pictures in the same
+//! batches give the same result there, on the same card and driver.
 //!
 //! Pictures crafted on the undefended model are scored under `transfer`; nothing makes them adaptive:
 //!

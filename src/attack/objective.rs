@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 use super::loss::{check_classes, largest, rows as logit_rows, wins};
 use super::pictures::select;
 use super::{Loss, Pictures, Subject};
+use crate::tower::layers::on_host;
 use crate::{Error, Result};
 
 /// A function of pixels to logits, with its transpose.
@@ -196,7 +197,7 @@ pub fn in_batches(
     }
     let parts: Vec<&[usize]> = rows.chunks(batch).collect();
     // What takes several pictures at once spreads them over the threads itself.
-    let lanes = if pixels.device().is_cpu() && batch == 1 { LANES } else { 1 };
+    let lanes = if on_host(pixels.device()) && batch == 1 { LANES } else { 1 };
     let threads = rayon::current_num_threads().min(lanes);
     let next = AtomicUsize::new(0);
     // Threads of their own: a worker of rayon's that waits for a matrix product would begin

@@ -2,6 +2,7 @@ use candle_core::{Device, Tensor};
 
 use super::{Classifier, Subject};
 use crate::image::Preprocess;
+use crate::tower::layers::on_host;
 use crate::{Error, Result};
 
 /// A classifier that takes pictures at another size than its own: the resize, and the crop where
@@ -43,7 +44,7 @@ impl<C: Classifier> Resized<C> {
 /// a time: a product's bits depend on how many it is given.
 fn sandwich(rows: &Tensor, x: &Tensor, columns: &Tensor) -> Result<Tensor> {
     let batch = x.dim(0)?;
-    if batch == 1 || !x.device().is_cpu() {
+    if batch == 1 || !on_host(x.device()) {
         return sandwich_at_once(rows, x, columns);
     }
     let parts = (0..batch).map(|row| sandwich_at_once(rows, &x.narrow(0, row, 1)?, columns));

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, bail};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use clap::{Args, Subcommand, ValueEnum};
 use radapt::attack::vattack::{Preset, Surrogate, VAttack};
 use radapt::attack::{Eps, Pictures, Settings, Subject, picture_rng, uniform};
@@ -17,13 +17,14 @@ use radapt::model::{Lookup, Model};
 use radapt::pocket::Split;
 use radapt::text::ZeroShotHead;
 use radapt::tower::clip::{Clip, ClipConfig};
+use radapt::tower::qwen::{Family, Qwen, QwenConfig};
 use radapt::tower::weights::Weights;
-use radapt::tower::{Cotangent, Precision, VisionTower, Want, Wrt};
+use radapt::tower::{Cotangent, Insertable, Inserts, Precision, TowerSpec, VisionTower, Want, Wrt};
 use radapt::train::{Goal, Plan, Training, TrainingSet};
 use radapt::{Error, Result};
 use serde_json::{Value, json};
 
-use super::options::argument;
+use super::options::{argument, device};
 use super::{Global, print};
 
 #[derive(Args)]
@@ -34,19 +35,19 @@ pub struct Bench {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Time the attack step, forward and gradient at the pixels, on this CPU
+    /// Time the attack step, forward and gradient at the pixels
     Attack(Attack),
-    /// Time V-Attack's step, crops and masks included, on this CPU
+    /// Time V-Attack's step, crops and masks included
     #[command(name = "v-attack")]
     Value(ValueSteps),
-    /// Time a step of R-Adapt+, forward and gradient at the anchor of a batch, on this CPU
+    /// Time a step of R-Adapt+, forward and gradient at the anchor of a batch
     Anchor(Anchor),
 }
 
 /// Each case runs in a process of its own, so that its peak memory is its own.
 #[derive(Args)]
 struct Attack {
-    /// Towers of these shapes with random weights
+    /// Towers of these shapes with random weights; all are the two of CLIP
     #[arg(long, value_name = "SHAPE", default_value = "all", conflicts_with = "model")]
     shape: Shapes,
     /// The tower of a model instead: a folder, a Hub id or a built-in one
@@ -64,6 +65,9 @@ struct Attack {
     /// Put in the training-free defence, GIF and FRA
     #[arg(long)]
     defended: bool,
+    /// cpu, cuda, cuda:N or metal
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    device: String,
     /// Run the one case given here, in this process
     #[arg(long, hide = true)]
     here: bool,
@@ -76,6 +80,9 @@ enum Shapes {
     VitB16,
     #[value(name = "vit-l-14-336")]
     VitL14,
+    /// Qwen3-VL-8B's, for pictures of 448 x 448
+    #[value(name = "qwen3-vl-8b-448")]
+    Qwen3Vl8b,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -85,6 +92,13 @@ enum Dtype {
 }
 
 impl Dtype {
+    fn precision(self) -> Precision {
+        match self {
+            Self::F32 => Precision::F32,
+            Self::Bf16 => Precision::Bf16,
+        }
+    }
+
     fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
@@ -99,6 +113,7 @@ impl Shapes {
             Self::All => &[Self::VitB16, Self::VitL14],
             Self::VitB16 => &[Self::VitB16],
             Self::VitL14 => &[Self::VitL14],
+            Self::Qwen3Vl8b => &[Self::Qwen3Vl8b],
         }
     }
 
@@ -107,6 +122,7 @@ impl Shapes {
             Self::All => "all",
             Self::VitB16 => "vit-b-16-224",
             Self::VitL14 => "vit-l-14-336",
+            Self::Qwen3Vl8b => "qwen3-vl-8b-448",
         }
     }
 
@@ -128,9 +144,34 @@ impl Shapes {
     }
 }
 
+/// The sizes of Qwen3-VL-8B's tower.
+fn qwen3_vl_8b() -> QwenConfig {
+    QwenConfig {
+        family: Family::Qwen3Vl,
+        blocks: 27,
+        hidden: 1152,
+        intermediate: 4304,
+        heads: 16,
+        activation: "gelu_pytorch_tanh".into(),
+        patch: 16,
+        frames: 2,
+        merge: 2,
+        out: 4096,
+        theta: 10_000.0,
+        window: 112,
+        full_attention: Vec::new(),
+        positions: 2304,
+        deepstack: vec![8, 16, 24],
+    }
+}
+
+/// The side of the pictures that it is given.
+const QWEN_SIDE: usize = 448;
+
 /// Weights drawn at random by their names.
 struct Random {
     seed: u64,
+    device: Device,
 }
 
 impl Weights for Random {
@@ -145,7 +186,7 @@ impl Weights for Random {
         };
         let mut values = uniform(&mut rng, shape.iter().product());
         values.iter_mut().for_each(|value| *value = centre + spread * *value);
-        Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+        Ok(Tensor::from_vec(values, shape, &self.device)?)
     }
 
     fn contains(&self, name: &str) -> bool {
@@ -166,7 +207,7 @@ impl Bench {
 
 impl Attack {
     /// For its tower alone.
-    fn of(shape: OneShape, model: &Option<String>) -> Self {
+    fn of(shape: OneShape, model: &Option<String>, device: &str) -> Self {
         Self {
             shape: match shape {
                 OneShape::VitB16 => Shapes::VitB16,
@@ -177,6 +218,7 @@ impl Attack {
             dtype: Vec::new(),
             repeats: 1,
             defended: false,
+            device: device.into(),
             here: true,
         }
     }
@@ -240,7 +282,7 @@ impl Attack {
         let mut process = Process::new(program);
         process.args(["bench", "attack", "--here", "--json", "--dtype", dtype.name()]);
         process.args(["--batch", &batch.to_string(), "--repeats", &self.repeats.to_string()]);
-        process.args(["--seed", &global.seed.to_string()]);
+        process.args(["--seed", &global.seed.to_string(), "--device", &self.device]);
         match (&self.model, shape) {
             (Some(model), _) => process.args(["--model", model]),
             (None, Some(shape)) => process.args(["--shape", shape.name()]),
@@ -264,29 +306,51 @@ impl Attack {
         let (&[batch], &[dtype]) = (&self.batch[..], &self.dtype[..]) else {
             return Err(argument("--here", "one batch and one dtype", "several").into());
         };
-        let (config, tower) = self.tower(global)?;
         let batch = usize::from(batch);
+        if self.model.is_none() && self.shape == Shapes::Qwen3Vl8b {
+            let (config, random) =
+                (qwen3_vl_8b(), Random { seed: global.seed, device: device(&self.device)? });
+            let tower = Qwen::new(&config, &random, [0.5; 3], [0.5; 3])?;
+            let at = |tower: &Qwen| -> Result<_> {
+                let tower = tower.at(QWEN_SIDE, QWEN_SIDE)?;
+                Ok(tower.with(self.inserts(&tower)?))
+            };
+            let exact = at(&tower)?;
+            let craft = match dtype {
+                Dtype::F32 => None,
+                Dtype::Bf16 => Some(at(&tower.to_dtype(DType::BF16)?)?),
+            };
+            return self.timed(global, (exact, craft), config.intermediate, batch, dtype);
+        }
+        let (config, tower) = self.tower(global)?;
+        let craft = match dtype {
+            Dtype::F32 => None,
+            Dtype::Bf16 => Some(tower.clone().packed(Precision::Bf16)?),
+        };
+        let exact = tower.packed(Precision::F32)?;
+        self.timed(global, (exact, craft), config.intermediate_size, batch, dtype)
+    }
+
+    /// Times a case: `exact` alone, or the steps of `craft` and what `exact` takes to verify.
+    fn timed<T: VisionTower>(
+        &self,
+        global: &Global,
+        (exact, craft): (T, Option<T>),
+        intermediate: usize,
+        batch: usize,
+        dtype: Dtype,
+    ) -> anyhow::Result<ExitCode> {
         let shape = self.model.as_deref().unwrap_or(self.shape.name());
-        let side = tower.spec().image_size;
+        let (height, width) = exact.spec().picture;
         let mut rng = picture_rng(global.seed, 0, 0, "bench");
         let pixels: Vec<f32> =
-            uniform(&mut rng, batch * 3 * side * side).into_iter().map(|v| (v + 1.0) / 2.0).collect();
-        let pixels = Tensor::from_vec(pixels, (batch, 3, side, side), &Device::Cpu)?;
-        let work = work(&config, batch);
-        let mut found = Vec::new();
-        match dtype {
-            Dtype::F32 => {
-                let tower = tower.packed(Precision::F32)?;
-                found.push(("forward", work, self.time(|| forward(&tower, &pixels))?));
-                found.push(("step", 2.0 * work, self.time(|| step(&tower, &pixels))?));
-            }
-            Dtype::Bf16 => {
-                let craft = tower.clone().packed(Precision::Bf16)?;
-                let verify = tower.packed(Precision::F32)?;
-                found.push(("verify", work, self.time(|| forward(&verify, &pixels))?));
-                found.push(("step", 2.0 * work, self.time(|| step(&craft, &pixels))?));
-            }
-        }
+            uniform(&mut rng, batch * 3 * height * width).into_iter().map(|v| (v + 1.0) / 2.0).collect();
+        let pixels = Tensor::from_vec(pixels, (batch, 3, height, width), exact.device())?;
+        let work = work(exact.spec(), intermediate, batch);
+        let name = if craft.is_some() { "verify" } else { "forward" };
+        let verify = self.time(exact.device(), || forward(&exact, &pixels))?;
+        let step = self.time(exact.device(), || step(craft.as_ref().unwrap_or(&exact), &pixels))?;
+        let found = [(name, work, verify), ("step", 2.0 * work, step)];
         let peak = peak_rss()?;
         let rows: Vec<Value> = found
             .into_iter()
@@ -296,6 +360,7 @@ impl Attack {
                     "name": name,
                     "shape": shape,
                     "dtype": dtype.name(),
+                    "device": self.device,
                     "batch": batch,
                     "median_ms": median,
                     "min_ms": times[0],
@@ -311,34 +376,43 @@ impl Attack {
 
     /// The tower in question and its sizes.
     fn tower(&self, global: &Global) -> Result<(ClipConfig, Clip)> {
+        let device = device(&self.device)?;
         let (config, tower) = match &self.model {
             Some(name) => {
                 let model = Model::find(name, &Lookup::default())?;
-                (model.tower_config()?, model.tower(&model.preprocess(None)?, None, &Device::Cpu)?)
+                (model.tower_config()?, model.tower(&model.preprocess(None)?, None, &device)?)
             }
             None => {
-                let (config, random) = (self.shape.config(), Random { seed: global.seed });
+                let (config, random) = (self.shape.config(), Random { seed: global.seed, device });
                 let tower = Clip::new(&config, &random, Some(&random), [0.5; 3], [0.25; 3])?;
                 (config, tower)
             }
         };
-        if !self.defended {
-            return Ok((config, tower));
-        }
-        let (side, (alpha, beta)) = (config.image_size, TRAINING_FREE_MIX);
-        let gif = Some(Arc::new(Gif::new(side, side, default_cutoff(side), &Device::Cpu)?));
-        let fra = Some(Arc::new(Fra::new(&training_free(&tower)?, alpha, beta, &Device::Cpu)?));
-        let inserts = Defense { gif, fra, ..Default::default() }.inserts();
+        let inserts = self.inserts(&tower)?;
         Ok((config, tower.with(inserts)))
     }
 
-    /// Milliseconds of each run.
-    fn time(&self, run: impl Fn() -> Result<()>) -> Result<Vec<f64>> {
+    /// The training-free defence, if it is to be put in.
+    fn inserts(&self, tower: &impl Insertable) -> Result<Inserts> {
+        if !self.defended {
+            return Ok(Inserts::default());
+        }
+        let (spec, (alpha, beta)) = (tower.spec(), TRAINING_FREE_MIX);
+        let (height, width) = spec.picture;
+        let gif = Gif::new(height, width, default_cutoff(spec.image_size), tower.device())?;
+        let fra = Fra::new(&training_free(tower)?, alpha, beta, tower.device())?;
+        Ok(Defense { gif: Some(Arc::new(gif)), fra: Some(Arc::new(fra)), ..Default::default() }.inserts())
+    }
+
+    /// Milliseconds of each run, until the device is done with it.
+    fn time(&self, device: &Device, run: impl Fn() -> Result<()>) -> Result<Vec<f64>> {
         run()?;
+        device.synchronize()?;
         (0..self.repeats)
             .map(|_| {
                 let start = Instant::now();
                 run()?;
+                device.synchronize()?;
                 Ok(start.elapsed().as_secs_f64() * 1e3)
             })
             .collect()
@@ -366,22 +440,23 @@ struct ValueSteps {
     /// Timed steps, after one that does not count
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
     steps: u16,
+    /// cpu, cuda, cuda:N or metal
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    device: String,
 }
 
 impl ValueSteps {
     fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
-        let attack = Attack::of(self.shape, &self.model);
+        let attack = Attack::of(self.shape, &self.model, &self.device);
         let shape = self.model.as_deref().unwrap_or(attack.shape.name()).to_string();
         let (_, tower) = attack.tower(global)?;
-        let tower = tower.packed(match self.dtype {
-            Dtype::F32 => Precision::F32,
-            Dtype::Bf16 => Precision::Bf16,
-        })?;
+        let tower = tower.packed(self.dtype.precision())?;
+        let device = tower.device().clone();
         let (batch, side) = (usize::from(self.batch), tower.spec().image_size);
         let width = tower.spec().projection.context("a tower with a projection")?;
         let random = |what: &str, shape: &[usize]| -> Result<Tensor> {
             let mut rng = picture_rng(global.seed, 0, 0, what);
-            Ok(Tensor::from_vec(uniform(&mut rng, shape.iter().product()), shape, &Device::Cpu)?)
+            Ok(Tensor::from_vec(uniform(&mut rng, shape.iter().product()), shape, &device)?)
         };
         let pixels = ((random("bench", &[batch, 3, side, side])? + 1.0)? / 2.0)?;
         let pictures = Pictures::new(&pixels, (0..batch as u64).collect())?;
@@ -400,6 +475,7 @@ impl ValueSteps {
             "preset": self.preset,
             "shape": shape,
             "dtype": self.dtype.name(),
+            "device": self.device,
             "batch": batch,
             "median_ms": median,
             "min_ms": times[0],
@@ -435,6 +511,12 @@ struct Anchor {
     /// Pictures in a step
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u16).range(1..))]
     batch: u16,
+    /// f32 or bf16; trainings are in f32
+    #[arg(long, value_name = "DTYPE", default_value = "f32")]
+    dtype: Dtype,
+    /// cpu, cuda, cuda:N or metal
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    device: String,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -447,14 +529,14 @@ enum OneShape {
 
 impl Anchor {
     fn run(self, global: &Global) -> anyhow::Result<ExitCode> {
-        let attack = Attack::of(self.shape, &self.model);
+        let attack = Attack::of(self.shape, &self.model, &self.device);
         let shape = self.model.as_deref().unwrap_or(attack.shape.name()).to_string();
         let batch = usize::from(self.batch);
         if self.n <= u64::from(self.batch) {
             return Err(argument("--n", "more pictures than are in a step", &self.n.to_string()).into());
         }
         let (config, tower) = attack.tower(global)?;
-        let tower = tower.packed(Precision::F32)?;
+        let tower = tower.packed(self.dtype.precision())?;
         let side = u32::try_from(config.image_size)?;
         let set = LabelledSet::pocket(Split::Train, 0, self.n, 96)?;
         let preprocess = Preprocess::clip(side, Contract::Squash);
@@ -462,7 +544,7 @@ impl Anchor {
         let classes = set.classes().to_vec();
         let mut rng = picture_rng(global.seed, 0, 0, "bench head");
         let weights = uniform(&mut rng, classes.len() * width);
-        let weights = Tensor::from_vec(weights, (classes.len(), width), &Device::Cpu)?;
+        let weights = Tensor::from_vec(weights, (classes.len(), width), tower.device())?;
         let length = weights.sqr()?.sum_keepdim(1)?.sqrt()?;
         let head = ZeroShotHead { classes, weights: weights.broadcast_div(&length)?, logit_scale: 100.0 };
         let training = Training {
@@ -511,12 +593,13 @@ impl Anchor {
         let row = json!({
             "name": "anchor step",
             "shape": shape,
-            "dtype": "f32",
+            "dtype": self.dtype.name(),
+            "device": self.device,
             "batch": batch,
             "median_ms": median,
             "min_ms": times[0],
             "images_per_second": batch as f64 / median * 1e3,
-            "gflops": 2.0 * work(&config, batch) / median / 1e6,
+            "gflops": 2.0 * work(tower.spec(), config.intermediate_size, batch) / median / 1e6,
             "peak_rss_mb": peak_rss()?,
         });
         let text = format!(
@@ -535,28 +618,34 @@ fn sorted_median(times: &mut [f64]) -> f64 {
     (times[(times.len() - 1) / 2] + times[times.len() / 2]) / 2.0
 }
 
-fn forward(tower: &Clip, pixels: &Tensor) -> Result<()> {
-    tower.forward(pixels, &Want::pooled()).map(drop)
+/// The output that the step's loss is of.
+fn want(tower: &impl VisionTower) -> Want {
+    if tower.spec().merge.is_some() { Want::merged() } else { Want::pooled() }
 }
 
-/// Forward, and the gradient of the embeddings' squared length.
-fn step(tower: &Clip, pixels: &Tensor) -> Result<()> {
-    let (features, tape) = tower.forward_tape(pixels, &Want::pooled())?;
+fn forward(tower: &impl VisionTower, pixels: &Tensor) -> Result<()> {
+    tower.forward(pixels, &want(tower)).map(drop)
+}
+
+/// Forward, and the gradient of the embeddings' squared length: of all that a language model reads
+/// where there is one to read it.
+fn step(tower: &impl VisionTower, pixels: &Tensor) -> Result<()> {
+    let (features, tape) = tower.forward_tape(pixels, &want(tower))?;
     let twice = |tensor: Option<Tensor>| tensor.map(|tensor| tensor * 2.0).transpose();
-    let cotangent = match twice(features.embeds)? {
-        None => Cotangent { pooled: twice(features.pooled)?, ..Default::default() },
-        embeds => Cotangent { embeds, ..Default::default() },
-    };
+    let deepstack = features.deepstack.iter().enumerate().map(|(i, x)| Ok((i, (x * 2.0)?)));
+    let deepstack = deepstack.collect::<Result<_>>()?;
+    let (merged, embeds) = (twice(features.merged)?, twice(features.embeds)?);
+    let pooled = if embeds.is_some() { None } else { twice(features.pooled)? };
+    let cotangent = Cotangent { merged, embeds, pooled, deepstack, ..Default::default() };
     tower.vjp(&tape, &cotangent, Wrt { pixels: true, anchor: false }).map(drop)
 }
 
 /// Multiplications and additions of a forward pass: 2 B L (4 N D^2 + 2 N D M + 2 N^2 D) with M the
-/// MLP's width. What is left out of the last block counts as done.
-fn work(config: &ClipConfig, batch: usize) -> f64 {
-    let (d, m) = (config.hidden_size as f64, config.intermediate_size as f64);
-    let n = config.spec().tokens() as f64;
+/// MLP's width. What is left out of the last block counts as done; patches and mergers do not count.
+fn work(spec: &TowerSpec, intermediate: usize, batch: usize) -> f64 {
+    let (d, m, n) = (spec.hidden as f64, intermediate as f64, spec.tokens() as f64);
     let block = 4.0 * n * d * d + 2.0 * n * d * m + 2.0 * n * n * d;
-    2.0 * batch as f64 * config.num_hidden_layers as f64 * block
+    2.0 * batch as f64 * spec.blocks as f64 * block
 }
 
 /// The most memory this process has had so far, in 10^6 bytes.

@@ -1,6 +1,7 @@
 //! Flags that several commands share. They mean the same everywhere.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use candle_core::{DType, Device};
 use clap::{Args, ValueEnum};
@@ -32,7 +33,8 @@ pub struct ModelOptions {
     /// cpu, cuda, cuda:N or metal
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: String,
-    /// The dtype weights are held in; f32 on a CPU and bf16 elsewhere where not given
+    /// The dtype weights are held in; f32 where not given, but bf16 of a language model that is not on a
+    /// CPU
     #[arg(long, value_name = "DTYPE")]
     pub dtype: Option<Dtype>,
 }
@@ -54,17 +56,7 @@ impl ModelOptions {
     }
 
     pub fn device(&self) -> Result<Device> {
-        let number = |text: &str| text.parse::<usize>().ok();
-        let device = match self.device.split_once(':') {
-            None if self.device == "cpu" => Ok(Device::Cpu),
-            None if self.device == "cuda" => Device::new_cuda(0),
-            None if self.device == "metal" => Device::new_metal(0),
-            Some(("cuda", n)) if number(n).is_some() => Device::new_cuda(number(n).unwrap_or(0)),
-            _ => return Err(argument("--device", "cpu, cuda, cuda:N or metal", &self.device)),
-        };
-        device.map_err(|e| {
-            argument("--device", "a device this build can use", &format!("{}: {e}", self.device))
-        })
+        device(&self.device)
     }
 
     pub fn dtype(&self) -> Option<DType> {
@@ -74,6 +66,31 @@ impl ModelOptions {
             Dtype::Bf16 => DType::BF16,
         })
     }
+}
+
+/// The device of that name, the same each time it is asked for: tensors of two handles to one Metal
+/// device do not go together, and each handle to a CUDA device has libraries of its own.
+pub fn device(name: &str) -> Result<Device> {
+    static OPEN: Mutex<Vec<(String, Device)>> = Mutex::new(Vec::new());
+    let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, device)) = open.iter().find(|(known, _)| known == name) {
+        return Ok(device.clone());
+    }
+    let device = new_device(name)?;
+    open.push((name.into(), device.clone()));
+    Ok(device)
+}
+
+fn new_device(name: &str) -> Result<Device> {
+    let number = |text: &str| text.parse::<usize>().ok();
+    let device = match name.split_once(':') {
+        None if name == "cpu" => Ok(Device::Cpu),
+        None if name == "cuda" => Device::new_cuda(0),
+        None if name == "metal" => Device::new_metal(0),
+        Some(("cuda", n)) if number(n).is_some() => Device::new_cuda(number(n).unwrap_or(0)),
+        _ => return Err(argument("--device", "cpu, cuda, cuda:N or metal", name)),
+    };
+    device.map_err(|e| argument("--device", "a device this build can use", &format!("{name}: {e}")))
 }
 
 /// The split that `--data` names of the pocket world; `None` for other data.

@@ -186,7 +186,7 @@ impl SuppliedTower for Defended {
     fn encode(&self, pixels: &Tensor, _grid: Option<&Tensor>) -> candle_core::Result<Encoded> {
         let encode = || -> Result<Tensor> {
             // The same division as in `Preprocess::pixels`, for the same bits.
-            let levels = Tensor::new(255f32, pixels.device())?;
+            let levels = Tensor::new(255f32, self.tower.device())?;
             let pixels =
                 pixels.to_device(self.tower.device())?.to_dtype(DType::F32)?.broadcast_div(&levels)?;
             let features = self.tower.forward(&pixels, &Want::hidden(self.block))?;

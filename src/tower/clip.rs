@@ -12,12 +12,13 @@ use candle_core::{D, DType, Device, IndexOp, Tensor};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
-use super::layers::{Activation, Attention, AttentionTape, LayerNorm, Linear};
+use super::layers::{Activation, Attention, AttentionTape, LayerNorm, Linear, on_host};
 use super::packed::{self, Engine, Outside};
 use super::stem::{self, Embedding, VisionWeights};
 use super::weights::{Checkpoint, Weights};
 use super::{
     Cotangent, Features, Gradients, Insertable, Inserts, Precision, TowerSpec, VisionTower, Want, Wrt,
+    device_batch,
 };
 use crate::{Error, Result};
 
@@ -337,7 +338,7 @@ impl Clip {
         if self.precision() == Some(precision) {
             return Ok(self);
         }
-        if !self.device.is_cpu() || !packed::supported(&self.spec) {
+        if !on_host(&self.device) || !packed::supported(&self.spec) {
             return match precision {
                 Precision::F32 => Ok(self),
                 Precision::Bf16 => self.to_dtype(DType::BF16),
@@ -762,8 +763,8 @@ impl VisionTower for Clip {
                     available_memory().map_or(usize::MAX, |free| free / 4 / packed.tape_bytes().max(1));
                 ROWS.div_ceil(self.spec.tokens().max(1)).min(most).max(1)
             }
-            None if self.device.is_cpu() => 1,
-            None => 32,
+            None if on_host(&self.device) => 1,
+            None => device_batch(self.spec.tokens()),
         }
     }
 

@@ -7,6 +7,7 @@ use crate::attack::{
     TowerClassifier, with_settings,
 };
 use crate::text::ZeroShotHead;
+use crate::tower::layers::on_host;
 use crate::tower::{Cotangent, Features, Insertable, VisionTower, Want, Wrt};
 use crate::{Error, Result};
 
@@ -35,8 +36,8 @@ pub(super) struct Found {
     pub(super) gradient: Vec<f32>,
 }
 
-/// Tokens that go through the tower together. It is fixed, since the order in which a gradient is
-/// summed decides its last bits.
+/// Tokens that go through the tower together on a CPU. It is fixed, since the order in which a
+/// gradient is summed decides its last bits.
 const TOKENS: usize = 1024;
 
 impl Goal<'_> {
@@ -189,7 +190,7 @@ fn run<T: VisionTower>(
 }
 
 fn at_once(tower: &impl VisionTower) -> usize {
-    TOKENS.div_ceil(tower.spec().tokens().max(1))
+    if on_host(tower.device()) { TOKENS.div_ceil(tower.spec().tokens().max(1)) } else { tower.batch() }
 }
 
 fn in_parts(

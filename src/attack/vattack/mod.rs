@@ -459,7 +459,7 @@ impl<'a> Walk<'a> {
         walk.clean_loss = walk.whole_loss()?;
         if attack.random_start {
             let noise = match &drawn.noise {
-                Some(noise) => select(noise, &walk.rows)?,
+                Some(noise) => select(&noise.to_device(clean.device())?.contiguous()?, &walk.rows)?,
                 None => {
                     let each = clean.elem_count() / walk.rows.len();
                     let draw = |&key: &u64| uniform(&mut picture_rng(seed, key, 0, "v-attack start"), each);

@@ -1,6 +1,6 @@
-use candle_core::{D, Device, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 
-use super::{Linear, Rotary, fused};
+use super::{Linear, Rotary, fused, on_host};
 use crate::{Error, Result};
 
 /// Multi-head self-attention with an output projection; no mask but in
@@ -285,9 +285,11 @@ fn attend_vjp(tape: &AttentionTape, context: &Tensor) -> Result<[Tensor; 3]> {
             fused::softmax_vjp(&scores, &p)?;
             scores
         } else {
-            let weighted = (&p * scores)?;
-            let along = weighted.sum_keepdim(D::Minus1)?;
-            (weighted - p.broadcast_mul(&along)?)?
+            // The sums of dP P along the keys are those of dO O along the channels, which are far
+            // fewer; candle would sum half precision in half precision, so they are taken in f32.
+            let (own, context) = (p.matmul(&v)?.to_dtype(DType::F32)?, context.to_dtype(DType::F32)?);
+            let along = (own * context)?.sum_keepdim(D::Minus1)?.to_dtype(p.dtype())?;
+            (&p * scores.broadcast_sub(&along)?)?
         };
         Ok([scores.matmul(&k)?, scores.t()?.matmul(&q)?, gradient_v])
     })
@@ -312,6 +314,11 @@ fn softmax(scores: Tensor) -> Result<Tensor> {
 /// instead of asking the system for fresh pages each time.
 const SCORES: usize = 1 << 20;
 
+/// Scores held at once elsewhere, 1 GiB of f32: a picture of some thousand tokens would fill a
+/// device with them. candle's kernels number a tensor's entries with 32 bits, so a head's alone
+/// must not be more than [`i32::MAX`].
+const DEVICE_SCORES: usize = 1 << 28;
+
 /// Runs `f(start, heads)` over the rows of `x`, `(B h, N, D / h)`, as many heads at a time as
 /// suits the device, and puts the results together again.
 fn by_heads<const K: usize>(
@@ -319,7 +326,13 @@ fn by_heads<const K: usize>(
     f: impl Fn(usize, usize) -> Result<[Tensor; K]>,
 ) -> Result<[Tensor; K]> {
     let (rows, tokens, _) = x.dims3()?;
-    let group = if x.device().is_cpu() { (SCORES / (tokens * tokens).max(1)).max(1) } else { rows };
+    let of_a_head = (tokens * tokens).max(1);
+    let host = on_host(x.device());
+    if !host && of_a_head > i32::MAX as usize {
+        let expected = format!("at most {} that attend to each other, on this device", i32::MAX.isqrt());
+        return Err(Error::argument("patches of a picture", expected, tokens));
+    }
+    let group = (if host { SCORES } else { DEVICE_SCORES } / of_a_head).max(1);
     if group >= rows {
         return f(0, rows);
     }

@@ -21,7 +21,7 @@ const LANES: usize = 16;
 
 /// Whether these functions take `x`.
 pub fn applies(x: &Tensor) -> bool {
-    x.device().is_cpu() && x.dtype() == DType::F32 && x.is_contiguous()
+    super::on_host(x.device()) && x.dtype() == DType::F32 && x.is_contiguous()
 }
 
 /// Compiles `$body` for AVX2 as well and picks at run time. The instructions change, the results do

@@ -25,11 +25,14 @@ use candle_core::{DType, Device, IndexOp, Tensor};
 use self::block::{Block, Merger, MergerTape, Mlp, MlpTape};
 use self::grid::Grid;
 use super::clip::fingerprint;
-use super::layers::{Activation, Attention, AttentionTape, LayerNorm, Linear, Norm, RmsNorm, compute_dtype};
+use super::layers::{
+    Activation, Attention, AttentionTape, LayerNorm, Linear, Norm, RmsNorm, compute_dtype, on_host,
+};
 use super::stem;
 use super::weights::{Checkpoint, CheckpointAt, Weights};
 use super::{
     Cotangent, Features, Gradients, GridInserts, Insertable, Inserts, TowerSpec, VisionTower, Want, Wrt,
+    device_batch,
 };
 use crate::{Error, Result};
 
@@ -267,9 +270,6 @@ impl Qwen {
 
     /// The same tower with its weights held in `dtype`.
     pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
-        if dtype == self.dtype {
-            return Ok(self.clone());
-        }
         let cast = |tensor: &Tensor| -> Result<Tensor> { Ok(tensor.to_dtype(dtype)?) };
         let linear = |layer: &Linear| layer.map(cast);
         let norm = |layer: &Norm| layer.map(cast);
@@ -577,9 +577,9 @@ impl Qwen {
         let (slices, _, _, height, width) = frames.dims5()?;
         let size = self.grid_of(height, width)?;
         let (grid, inserts) = (self.grid(size)?, self.inserts_at(size)?);
-        let at_once = if self.device.is_cpu() { 1 } else { slices };
+        let at_once = if on_host(&self.device) { 1 } else { device_batch(grid.tokens()) };
         let mut parts = Vec::with_capacity(slices);
-        for start in (0..slices).step_by(at_once.max(1)) {
+        for start in (0..slices).step_by(at_once) {
             let part = frames.narrow(0, start, at_once.min(slices - start))?;
             let mut batch = tape.is_some().then(|| BatchTape::new(&grid, &inserts));
             parts.push(self.run(&part, &grid, &inserts, want, batch.as_mut())?);
