@@ -344,6 +344,30 @@ fn draining_ends_what_runs_and_turns_the_rest_away() {
 }
 
 #[test]
+fn who_notices_in_time_is_not_turned_away() {
+    let sockets = ListenOptions {
+        notice: Duration::from_millis(400),
+        linger: Duration::from_millis(400),
+        ..ListenOptions::default()
+    };
+    let mut server = Server::start(GateOptions::default(), None, sockets);
+    // A connection that would be kept.
+    let ask = "POST /v1/slow HTTP/1.1\r\nhost: h\r\ncontent-length: 1\r\n\r\n0";
+    assert!(!server.gate.leaving());
+    server.stop.take().unwrap().send(()).unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(server.gate.leaving() && !server.gate.draining());
+    let taken = answer(server.send(ask));
+    status(&taken, 200);
+    assert!(taken.contains("connection: close") && taken.ends_with("done"), "{taken}");
+    std::thread::sleep(Duration::from_millis(450));
+    assert!(server.gate.leaving() && server.gate.draining());
+    status(&answer(server.send(ask)), 503);
+    assert!(server.ended.recv_timeout(Duration::from_secs(5)).unwrap());
+    assert!(TcpStream::connect(server.address).is_err());
+}
+
+#[test]
 fn what_does_not_end_is_cut_off() {
     let sockets = ListenOptions {
         linger: Duration::from_millis(10),

@@ -227,7 +227,11 @@ struct GateFlags {
     /// Open connections at most
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
     connections: u32,
-    /// How long new requests are answered with 503 after SIGTERM, before the door is shut
+    /// How long after SIGTERM only /ready says so, with 503, and requests are taken as before: longer than
+    /// a load balancer takes to notice
+    #[arg(long, value_name = "SECONDS", default_value_t = 0.0, value_parser = seconds)]
+    notice: f64,
+    /// How long new requests are answered with 503 after that, before the door is shut
     #[arg(long, value_name = "SECONDS", default_value_t = 3.0, value_parser = seconds)]
     linger: f64,
     /// How long running requests have to end after that
@@ -281,6 +285,7 @@ impl GateFlags {
         ListenOptions {
             connections: self.connections as usize,
             header_time: Duration::from_secs_f64(self.header_time),
+            notice: Duration::from_secs_f64(self.notice),
             linger: Duration::from_secs_f64(self.linger),
             drain_time: Duration::from_secs_f64(self.drain_time),
         }

@@ -83,6 +83,7 @@ pub struct Gate {
     waiting: Arc<Semaphore>,
     /// In KiB.
     bodies: Arc<Semaphore>,
+    leaving: AtomicBool,
     draining: AtomicBool,
     /// What is counted.
     pub metrics: Arc<Metrics>,
@@ -106,6 +107,7 @@ impl Gate {
                 (options.bodies >> 10).max(options.max_body.div_ceil(1024)).min(u32::MAX as usize),
             ),
             anonymous: Arc::new(Key::anonymous(options.limits)),
+            leaving: AtomicBool::new(false),
             draining: AtomicBool::new(false),
             metrics: Arc::default(),
             options,
@@ -116,6 +118,17 @@ impl Gate {
     /// The keys, where there are some.
     pub fn keys(&self) -> Option<&Keys> {
         self.keys.as_ref()
+    }
+
+    /// From now on `/ready` answers 503, and every answer ends its connection; requests are taken as
+    /// before, for those whose askers have not heard of it yet.
+    pub fn leave(&self) {
+        self.leaving.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the server is about to stop, and `/ready` says so.
+    pub fn leaving(&self) -> bool {
+        self.leaving.load(Ordering::Relaxed) || self.draining()
     }
 
     /// From now on new requests are told to come back later; those let through end as they would.
@@ -220,9 +233,7 @@ impl Gate {
             self.metrics.turn_away("draining");
             let mut response =
                 refuse(StatusCode::SERVICE_UNAVAILABLE, "the server is about to stop", "draining");
-            let headers = response.headers_mut();
-            headers.insert(header::RETRY_AFTER, HeaderValue::from_static("5"));
-            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("5"));
             return response;
         }
         if request.method() != Method::POST {
@@ -339,6 +350,10 @@ pub async fn gate(State(gate): State<Arc<Gate>>, request: Request, next: Next) -
     };
     if let Ok(value) = HeaderValue::from_str(&done.id) {
         response.headers_mut().insert(REQUEST_ID, value);
+    }
+    if gate.leaving() {
+        // Whoever keeps connections open is to open the next one elsewhere.
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     done.status = response.status().as_u16();
     done.streamed = response.extensions().get::<Streamed>().is_some();

@@ -22,7 +22,10 @@ pub struct ListenOptions {
     pub connections: usize,
     /// How long a request's headers may take to arrive, and a connection may idle before them.
     pub header_time: Duration,
-    /// How long new requests are answered with 503 after the signal to stop, so that whoever sends
+    /// How long after the signal to stop `/ready` alone says so, and requests are taken as before: time
+    /// for a load balancer to notice.
+    pub notice: Duration,
+    /// How long new requests are answered with 503 after that, so that whoever sends
     /// them hears of it before the door is shut.
     pub linger: Duration,
     /// How long running requests have to end after that.
@@ -34,6 +37,7 @@ impl Default for ListenOptions {
         Self {
             connections: 1024,
             header_time: Duration::from_secs(15),
+            notice: Duration::ZERO,
             linger: Duration::from_secs(3),
             drain_time: Duration::from_secs(60),
         }
@@ -43,9 +47,10 @@ impl Default for ListenOptions {
 /// How often a file of keys is looked at.
 const LOOK: Duration = Duration::from_secs(2);
 
-/// Serves until `stop` comes, then drains: for [`ListenOptions::linger`] the gate turns new requests
-/// away with 503, then the door is shut, connections close as they fall idle, and what still runs
-/// after [`ListenOptions::drain_time`] is cut off. Says whether nothing had to be.
+/// Serves until `stop` comes, then drains: for [`ListenOptions::notice`] only `/ready` says that it
+/// does, for [`ListenOptions::linger`] the gate turns new requests away with 503, then the door is
+/// shut, connections close as they fall idle, and what still runs after
+/// [`ListenOptions::drain_time`] is cut off. Says whether nothing had to be.
 pub async fn listen(
     listener: TcpListener,
     router: Router,
@@ -59,6 +64,8 @@ pub async fn listen(
     let look = tokio::spawn(look_at_keys(gate.clone()));
     let end = async {
         stop.await;
+        gate.leave();
+        tokio::time::sleep(options.notice).await;
         gate.drain();
         tokio::time::sleep(options.linger).await;
     };

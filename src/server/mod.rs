@@ -260,7 +260,7 @@ pub fn router(models: Models, options: ServerOptions, own: Arc<Gate>) -> Result<
 }
 
 fn readiness(gate: &Gate) -> Response {
-    let (status, word) = match gate.draining() {
+    let (status, word) = match gate.leaving() {
         true => (StatusCode::SERVICE_UNAVAILABLE, "draining"),
         false => (StatusCode::OK, "ready"),
     };
