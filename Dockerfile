@@ -1,5 +1,7 @@
 # syntax=docker/dockerfile:1
-# Two images, neither of which was built where this was written (no container engine there; checked with hadolint):
+# Two images. The first was built with buildah 1.28 (chroot isolation) and run as its user: chat, serve, SIGTERM; its two
+# base images were stood in for by Debian bookworm and Rust 1.95, since no registry of images was at hand. The second was
+# not built. Both are clean before hadolint:
 #
 #   docker build --target cpu -t radapt:0.1.0 .
 #   docker build --target cuda --build-arg CUDA_COMPUTE_CAP=90 -t radapt:0.1.0-cuda .
