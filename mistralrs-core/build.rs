@@ -178,7 +178,7 @@ fn apply(source: &Path, root: &Path, path: &Path) -> Result<()> {
 #[cfg(feature = "cuda")]
 fn cuda_kernels(source: &Path, out: &Path) -> Result<()> {
     let mut builder = cudaforge::KernelBuilder::new()
-        .source_glob(source.join("src/cuda/*.cu").to_string_lossy())
+        .source_glob(&source.join("src/cuda/*.cu").to_string_lossy())
         .out_dir(out)
         .arg("-std=c++17")
         .arg("-O3")
