@@ -591,6 +591,7 @@ fn the_attack_step_is_timed_case_by_case() {
     }
     let output = radapt(&["bench", "attack", "--model", model, "--batch", "1", "--dtype", "f32"]);
     assert!(text(&output.stdout).contains("peak MB"), "{}", text(&output.stdout));
+    fails("no such device", &["bench", "attack", "--quiet", "--device", "bogus"], 2, "--device");
     fails("no batch", &["bench", "attack", "--batch", "0"], 2, "batch");
     fails("two at once", &["bench", "attack", "--model", "x", "--shape", "all"], 2, "shape");
     fails("several here", &["bench", "attack", "--here"], 2, "--here");

@@ -292,6 +292,10 @@ impl Attack {
             process.arg("--defended");
         }
         let output = process.stderr(Stdio::inherit()).output().context("this program again")?;
+        if output.status.code() == Some(2) {
+            // It has said which flag is wrong, in the same words.
+            std::process::exit(2);
+        }
         if !output.status.success() {
             bail!("the case failed: {}", output.status);
         }
